@@ -1,0 +1,106 @@
+"""A request and what comes back: the values that cross the border between engine, Python API and server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nanoflow.core.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate. `n > 1` is already split: each choice is a Request with its own `index` and `seed`."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    index: int = 0
+    arrival_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability (natural) of a token under the model, its rank (1 = likeliest) and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+"""Token id → Logprob: the chosen token and the requested alternatives at one position."""
+
+
+@dataclass
+class OutputDelta:
+    """What one choice of a request gained since its last delta. `finish_reason` is set on the last one.
+
+    `text` is only what is safe to show: it never holds part of a stop string or of an unfinished UTF-8 sequence.
+    """
+
+    request_id: str
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One finished (or, while streaming, partial) choice."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestMetrics:
+    """Times of one request in seconds since the epoch of `time.monotonic`."""
+
+    arrival_s: float = 0.0
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass
+class RequestOutput:
+    """The answer to one prompt: its `outputs` (one a choice), the prompt, and when things happened."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    def extend(self, delta: OutputDelta) -> None:
+        """Add a delta to its choice; `finished` becomes true when every choice has a finish reason."""
+        out = self.outputs[delta.index]
+        out.text += delta.text
+        out.token_ids.extend(delta.token_ids)
+        if delta.logprobs is not None:
+            out.logprobs = (out.logprobs or []) + delta.logprobs
+            gained = sum(
+                table[token].logprob for token, table in zip(delta.token_ids, delta.logprobs, strict=True)
+            )
+            out.cumulative_logprob = (out.cumulative_logprob or 0.0) + gained
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            out.finish_reason, out.stop_reason = delta.finish_reason, delta.stop_reason
+            self.finished = all(choice.finish_reason is not None for choice in self.outputs)

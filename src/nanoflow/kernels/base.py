@@ -1,0 +1,155 @@
+"""The kernel interface: one signature per operation, implemented by each backend (`reference`, `native`, `triton`).
+
+plan / run: whatever depends on the batch arrives as tensors in an `AttentionPlan` or as the first dimension of a
+slice; outputs go to buffers that the caller owns, so a steady iteration allocates nothing large. A backend may lay
+out weights and KV pages as it likes: both are opaque to everyone else.
+
+Legend of shape suffixes: t tokens, d model width, n output width, k input width, h query heads, g KV heads,
+e head dim, f feed-forward width, r requests, p pages, s sampling rows, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """A weight matrix of a linear layer, y = x Wᵀ: logical shape (n, k) and the backend's own storage of it."""
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    data: Any
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n * self.k * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Experts of one layer: per expert the fused gate-up (2f, d) and the down (d, f) projection, plus the router (x, d)."""
+
+    router: LinearWeight
+    gate_up: tuple[LinearWeight, ...]
+    down: tuple[LinearWeight, ...]
+    n_active: int
+    normalise: bool
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which query rows attend to which KV pages, for one nano-operation. All int32, on the device.
+
+    Request r owns query rows `query_start[r] : query_start[r] + query_len[r]` of the slice it is used with; its last
+    row sees `context_len[r]` keys, the row before one less, and so on (causal). `page_table[r]` lists its pages.
+    `max_context` and `max_query` are upper bounds known on the host.
+    """
+
+    query_start: Tensor
+    query_len: Tensor
+    context_len: Tensor
+    page_table: Tensor
+    n_requests: int
+    max_query: int
+    max_context: int
+
+
+class Kernels(Protocol):
+    """What a backend offers. Every `out` is written, never read, unless the name of an argument says `accumulate`."""
+
+    name: str
+
+    def linear_weight(self, weight_nk: Tensor) -> LinearWeight:
+        """Take over a row-major weight; may repack it. The argument must not be used afterwards."""
+        ...
+
+    def linear(
+        self, x_tk: Tensor, weight: LinearWeight, out_tn: Tensor, *, bias_n: Tensor | None = None, accumulate: bool = False
+    ) -> None:
+        """out = x Wᵀ + bias, or out += … with `accumulate` (summed in float32, rounded once). `out` may be float32."""
+        ...
+
+    def embed(self, token_ids_t: Tensor, table: LinearWeight, out_td: Tensor) -> None:
+        """Row look-up in the (possibly packed, possibly tied) embedding table; ids are int32 in [0, n)."""
+        ...
+
+    def rms_norm(self, x_td: Tensor, weight_d: Tensor, eps: float, out_td: Tensor) -> None:
+        """out = x / sqrt(mean(x²) + eps) · weight, in float32 inside."""
+        ...
+
+    def rope_append(
+        self,
+        qkv_tn: Tensor,
+        positions_t: Tensor,
+        kv_slots_t: Tensor,
+        cos_sin: Tensor,
+        kv_layer: Tensor,
+        *,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        q_norm_e: Tensor | None = None,
+        k_norm_e: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """QK-norm (if weights are given), rotate Q in place (half-split "NeoX" rotation), rotate K and write K and V to the pages.
+
+        `cos_sin` is float32 (positions, e): the first half cosines, the second sines. `kv_slots_t` is page ·
+        page_tokens + offset.
+        """
+        ...
+
+    def attention(
+        self,
+        qkv_tn: Tensor,
+        kv_layer: Tensor,
+        plan: AttentionPlan,
+        out_tn: Tensor,
+        *,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int | None = None,
+    ) -> None:
+        """Causal paged attention of the plan's query rows: reads Q from the first h·e columns of `qkv`, writes h·e columns.
+
+        `window` w: a query at position i sees keys in (i - w, i]. Used for decode (one row a request) and for prefill.
+        Rows that no request owns are left alone.
+        """
+        ...
+
+    def silu_mul(self, gate_up_tn: Tensor, out_tf: Tensor) -> None:
+        """out = silu(gate) · up, with gate the first f columns and up the last f."""
+        ...
+
+    def experts(self, x_td: Tensor, weights: ExpertWeights, out_td: Tensor) -> None:
+        """out += Σ over the chosen experts of weight · expert(x): softmax router in float32, top `n_active`."""
+        ...
+
+    def sample(
+        self,
+        logits_sv: Tensor,
+        temperature_s: Tensor,
+        top_k_s: Tensor,
+        top_p_s: Tensor,
+        min_p_s: Tensor,
+        keys_s: Tensor,
+        out_s: Tensor,
+    ) -> None:
+        """Choose a token a row from float32 logits: argmax where temperature is 0, else Gumbel-max over the kept tokens.
+
+        Kept are the `top_k` (0: all) likeliest after temperature, of these the smallest set whose probability reaches
+        `top_p`, of these those with at least `min_p` times the largest probability. Noise: `kernels.noise`.
+        """
+        ...
+
+    def allocate_kv(self, n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, n_layers: int) -> list[Tensor]:
+        """One tensor a layer with `n_pages` in its first dimension; the layout inside a page is the backend's own."""
+        ...

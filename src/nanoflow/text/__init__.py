@@ -1,0 +1,1 @@
+"""Between text and token ids: tokenizers, incremental detokenisation, chat templates. No torch, no server."""
