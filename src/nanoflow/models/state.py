@@ -1,0 +1,73 @@
+"""The explicit state of a nano-batch: slices of the dense batch's buffers plus what the batch plan says about them.
+
+There is no "current batch" anywhere: several nano-batches are in flight at once, each with its own `NanoBatch`.
+Buffers are allocated once for the dense batch; nano-batches of one iteration own disjoint rows of them.
+
+Legend: t tokens, d model width, q query width, f feed-forward width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.kernels.base import AttentionPlan
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Rows of the dense batch's buffers. `x` is the residual stream, `h` a normed copy of it."""
+
+    x_td: Tensor
+    h_td: Tensor
+    qkv_tn: Tensor
+    attn_tq: Tensor
+    gate_up_tn: Tensor
+    act_tf: Tensor
+
+    @staticmethod
+    def allocate(spec: ModelSpec, n_tokens: int, dtype: torch.dtype, device: torch.device) -> Activations:
+        """Buffers for `n_tokens` rows; contents undefined."""
+
+        def buffer(width: int) -> Tensor:
+            return torch.empty(n_tokens, width, dtype=dtype, device=device)
+
+        return Activations(
+            x_td=buffer(spec.d_model),
+            h_td=buffer(spec.d_model),
+            qkv_tn=buffer(spec.d_qkv),
+            attn_tq=buffer(spec.d_q),
+            gate_up_tn=buffer(2 * spec.d_ff),
+            act_tf=buffer(spec.d_ff),
+        )
+
+    def rows(self, start: int, stop: int) -> Activations:
+        """The same buffers, rows [start, stop) only (views)."""
+        return Activations(
+            self.x_td[start:stop],
+            self.h_td[start:stop],
+            self.qkv_tn[start:stop],
+            self.attn_tq[start:stop],
+            self.gate_up_tn[start:stop],
+            self.act_tf[start:stop],
+        )
+
+
+@dataclass(frozen=True)
+class NanoBatch:
+    """Everything an op needs to know of the tokens it works on; rows count from the slice's first token.
+
+    `decode` and `prefill` are None where the slice holds no such tokens.
+    """
+
+    start: int
+    n_tokens: int
+    acts: Activations
+    token_ids_t: Tensor
+    positions_t: Tensor
+    kv_slots_t: Tensor
+    decode: AttentionPlan | None
+    prefill: AttentionPlan | None
