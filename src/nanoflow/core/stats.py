@@ -1,0 +1,44 @@
+"""A snapshot of the engine for metrics, dashboards and the percent-of-bound line. Counters only grow; gauges are now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """What the device was asked to compute: counted from batch plans, so it needs no clock and no profiler."""
+
+    iterations: int = 0
+    flops: float = 0.0
+    mem_bytes: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    recomputed_tokens: int = 0
+
+    def __sub__(self, other: WorkDone) -> WorkDone:
+        return WorkDone(
+            self.iterations - other.iterations,
+            self.flops - other.flops,
+            self.mem_bytes - other.mem_bytes,
+            self.prompt_tokens - other.prompt_tokens,
+            self.output_tokens - other.output_tokens,
+            self.recomputed_tokens - other.recomputed_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges and counters of one engine."""
+
+    n_running: int = 0
+    n_waiting: int = 0
+    kv_pages_used: int = 0
+    kv_pages_total: int = 0
+    dense_batch: int = 0
+    batch_tokens: int = 0  # tokens of the newest iteration
+    preemptions: int = 0
+    finished: dict[str, int] = field(default_factory=dict)  # by finish reason
+    work: WorkDone = WorkDone()
+    busy_s: float = 0.0  # time with at least one batch in flight
+    energy_j: float | None = None  # since start, where the device can tell
