@@ -1,0 +1,188 @@
+"""The CPU as a device: a lane is a thread that owns a share of the cores.
+
+Each lane thread sets its own OpenMP team size, so kernels of different lanes run side by side on different cores.
+Kernels release the interpreter lock while they compute; between them a lane holds it for a few microseconds.
+"""
+
+from __future__ import annotations
+
+import platform
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoflow.core import env
+from nanoflow.core.errors import ConfigError
+from nanoflow.device.base import Event, Issue, Launch, Program
+
+
+class CpuEvent:
+    """A one-shot event. If the run fails, all its events are set and waiting lanes stop."""
+
+    def __init__(self, run: CpuRun) -> None:
+        self._flag = threading.Event()
+        self._run = run
+
+    def set(self) -> None:
+        self._flag.set()
+
+    def synchronize(self) -> None:
+        self._flag.wait()
+        if self._run.error is not None:
+            raise _CancelledError
+
+
+class _CancelledError(Exception):
+    """Another lane of this run failed; this lane stops without an error of its own."""
+
+
+class CpuRun:
+    """One iteration on the lanes' threads."""
+
+    def __init__(self, n_events: int, n_lanes: int) -> None:
+        self.error: BaseException | None = None
+        self.events = [CpuEvent(self) for _ in range(n_events)]
+        self._open_lanes = n_lanes
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            self.error = self.error or error
+        for event in self.events:
+            event.set()
+
+    def lane_done(self) -> None:
+        with self._lock:
+            self._open_lanes -= 1
+            last = self._open_lanes == 0
+        if last:
+            self._done.set()
+
+    def synchronize(self) -> None:
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class CpuLane:
+    """A thread with a team of `threads` cores that executes work in order."""
+
+    def __init__(self, name: str, share: float, threads: int) -> None:
+        self.name = name
+        self.share = share
+        self.threads = threads
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name=f"lane-{name}", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self.threads)
+        torch.set_grad_enabled(False)
+        while (work := self._work.get()) is not None:
+            work()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self._work.put(work)
+
+    def wait(self, events: Sequence[Event]) -> None:
+        for event in events:
+            event.synchronize()
+
+    def record(self, event: Event | None) -> None:
+        if event is not None:
+            event.set()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        self._work.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)
+
+
+class CpuDevice:
+    """All cores of this process's affinity mask, or `threads` of them."""
+
+    kind = "cpu"
+
+    def __init__(self, threads: int | None = None) -> None:
+        cores = env.available_cores()
+        if threads is not None and threads > 4 * cores:
+            raise ConfigError(f"threads is {threads}, but this process may use {cores} cores; lower it.")
+        self.threads = threads or cores
+        self.name = cpu_model()
+        self.torch_device = torch.device("cpu")
+        self._lanes: list[CpuLane] = []
+        self._parts: tuple[Program, list[list[Launch]]] | None = None
+
+    def open_lanes(self, names_and_shares: Sequence[tuple[str, float]]) -> None:
+        """Lanes with `share` of the threads each, at least one."""
+        self.close()
+        self._lanes = [
+            CpuLane(name, share, max(1, round(share * self.threads))) for name, share in names_and_shares
+        ]
+        self._parts = None
+
+    def start(self, program: Program, states: Sequence[Any], issue: Issue) -> CpuRun:
+        """Hand each lane its part of the program; in-order lanes keep iterations apart."""
+        parts = self._parts_by_lane(program)
+        run = CpuRun(program.n_events, sum(1 for part in parts if part))
+
+        def work_of(part: list[Launch]) -> Callable[[], None]:
+            def work() -> None:
+                try:
+                    issue(part, self._lanes, states, run.events)
+                except _CancelledError:
+                    pass
+                except BaseException as error:
+                    run.fail(error)
+                finally:
+                    run.lane_done()
+
+            return work
+
+        for lane, part in zip(self._lanes, parts, strict=True):
+            if part:
+                lane.submit(work_of(part))
+        return run
+
+    def _parts_by_lane(self, program: Program) -> list[list[Launch]]:
+        if self._parts is None or self._parts[0] is not program:
+            parts: list[list[Launch]] = [[] for _ in self._lanes]
+            for launch in program.launches:
+                parts[launch.lane].append(launch)
+            self._parts = (program, parts)
+        return self._parts[1]
+
+    def free_memory_bytes(self) -> int:
+        return env.available_memory_bytes()
+
+    def energy_j(self) -> float | None:
+        """Package energy by RAPL where the kernel lets this user read it (its counter wraps; short runs only)."""
+        total = 0
+        zones = [zone for zone in Path("/sys/class/powercap").glob("intel-rapl:*") if zone.name.count(":") == 1]
+        try:
+            for zone in zones:
+                total += int((zone / "energy_uj").read_text())
+        except (OSError, ValueError):
+            return None
+        return total / 1e6 if zones else None
+
+    def close(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+        self._lanes = []
+
+
+def cpu_model() -> str:
+    """The processor's marketing name, as the operating system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,28 @@
+"""Hand-written pipelines: the ones every searched pipeline has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nanoflow.core.errors import PipelineError
+from nanoflow.pipeline.graph import LayerGraph
+from nanoflow.pipeline.pipeline import LaneSpec, NanoOp, Pipeline
+
+
+def sequential(graph: LayerGraph, dense_batch: int) -> Pipeline:
+    """One operation after the other, each on the whole dense batch, on one lane with the whole device."""
+    nano_ops = tuple(NanoOp(op, 0, dense_batch, "main") for op in graph.ops)
+    return Pipeline("sequential", dense_batch, (LaneSpec("main"),), nano_ops)
+
+
+def nano_batches(graph: LayerGraph, dense_batch: int, boundaries: Sequence[int]) -> Pipeline:
+    """Every operation cut at `boundaries` (rows strictly inside the dense batch), still one after the other.
+
+    The ablation that pays for splitting without gaining overlap.
+    """
+    edges = [0, *boundaries, dense_batch]
+    if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+        raise PipelineError(f"boundaries must rise strictly between 0 and {dense_batch}, got {list(boundaries)}.")
+    cuts = list(zip(edges, edges[1:], strict=False))
+    nano_ops = tuple(NanoOp(op, start, stop, "main") for op in graph.ops for start, stop in cuts)
+    return Pipeline("nano-batches", dense_batch, (LaneSpec("main"),), nano_ops)

@@ -1,0 +1,174 @@
+"""The Pipeline: the one thing that search and execution share.
+
+It says how a layer's operations are cut into nano-operations, in which order they are launched and on which lane,
+and which share of the device each lane has. It is plain data with a JSON form (`docs/architecture.md` describes it).
+Everything else, such as what must wait for what, follows from the model's op graph.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanoflow.core.errors import PipelineError
+from nanoflow.pipeline.graph import Edge, LayerGraph, Scope
+from nanoflow.pipeline.ops import Op
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LaneSpec:
+    """An in-order queue of launches with a share of the device, 0 < share <= 1."""
+
+    name: str
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class NanoOp:
+    """`op` on rows [start, stop) of the dense batch, launched on lane `lane`.
+
+    `variant` names an implementation or an equivalent form where the op has several; empty takes the default.
+    """
+
+    op: Op
+    start: int
+    stop: int
+    lane: str
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """Nano-operation `producer` (an index) must be done; `layer_back` is 1 when it belongs to the layer before."""
+
+    producer: int
+    layer_back: int = 0
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A layer's schedule for dense batches of `dense_batch` tokens. `nano_ops` are in launch order.
+
+    A partly filled batch scales the rows: nano-operation [start, stop) works on
+    [start·n // dense_batch, stop·n // dense_batch) of its n tokens.
+    """
+
+    name: str
+    dense_batch: int
+    lanes: tuple[LaneSpec, ...]
+    nano_ops: tuple[NanoOp, ...]
+    meta: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def slices(self) -> tuple[tuple[int, int], ...]:
+        """Distinct row ranges of the nano-operations, in order: the nano-batches."""
+        return tuple(sorted({(n.start, n.stop) for n in self.nano_ops}))
+
+    def dependencies(self, graph: LayerGraph) -> tuple[tuple[Dependency, ...], ...]:
+        """For each nano-operation, those that must be done before it may start."""
+        by_op: dict[Op, list[int]] = {}
+        for index, nano in enumerate(self.nano_ops):
+            by_op.setdefault(nano.op, []).append(index)
+        return tuple(
+            tuple(
+                Dependency(producer, int(edge.next_layer))
+                for edge in graph.producers(nano.op)
+                for producer in by_op.get(edge.producer, [])
+                if _must_wait(nano, self.nano_ops[producer], edge)
+            )
+            for nano in self.nano_ops
+        )
+
+    def validate(self, graph: LayerGraph) -> None:
+        """Raise `PipelineError` unless this pipeline computes exactly the layer that `graph` describes."""
+        self._check_lanes()
+        self._check_coverage(graph)
+        for index, needed in enumerate(self.dependencies(graph)):
+            for dep in needed:
+                if not dep.layer_back and dep.producer >= index:
+                    first, then = self.nano_ops[dep.producer], self.nano_ops[index]
+                    raise PipelineError(
+                        f"{_label(then)} is launched before {_label(first)}, whose result it reads; move it after."
+                    )
+
+    def _check_lanes(self) -> None:
+        names = [lane.name for lane in self.lanes]
+        if not names or len(set(names)) != len(names):
+            raise PipelineError(f"lanes need distinct names, got {names}.")
+        for lane in self.lanes:
+            if not 0.0 < lane.share <= 1.0:
+                raise PipelineError(f"lane {lane.name!r} has share {lane.share}; shares are above 0 and at most 1.")
+        for nano in self.nano_ops:
+            if nano.lane not in names:
+                raise PipelineError(f"{_label(nano)} names lane {nano.lane!r}, which is not one of {names}.")
+
+    def _check_coverage(self, graph: LayerGraph) -> None:
+        if self.dense_batch < 1:
+            raise PipelineError(f"dense_batch must be at least 1, not {self.dense_batch}.")
+        foreign = {nano.op for nano in self.nano_ops} - set(graph.ops)
+        if foreign:
+            raise PipelineError(f"ops {sorted(foreign)} are not part of this model's layer ({', '.join(graph.ops)}).")
+        for op in graph.ops:
+            rows = sorted((nano.start, nano.stop) for nano in self.nano_ops if nano.op == op)
+            position = 0
+            for start, stop in rows:
+                if start != position or stop <= start:
+                    raise PipelineError(f"{op} must cover rows 0 to {self.dense_batch} once and in full, got {rows}.")
+                position = stop
+            if position != self.dense_batch:
+                raise PipelineError(f"{op} must cover rows 0 to {self.dense_batch} once and in full, got {rows}.")
+
+    def to_json(self) -> str:
+        """The JSON form; `from_json` reads it back equal."""
+        return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Pipeline:
+        """Read the JSON form. Raises `PipelineError` that says which field is wrong."""
+        try:
+            data = json.loads(text)
+            if data.get("format") != FORMAT_VERSION:
+                raise PipelineError(f"pipeline format {data.get('format')!r} is not {FORMAT_VERSION}; make it anew.")
+            return cls(
+                name=str(data["name"]),
+                dense_batch=int(data["dense_batch"]),
+                lanes=tuple(LaneSpec(str(lane["name"]), float(lane["share"])) for lane in data["lanes"]),
+                nano_ops=tuple(
+                    NanoOp(Op(n["op"]), int(n["start"]), int(n["stop"]), str(n["lane"]), str(n.get("variant", "")))
+                    for n in data["nano_ops"]
+                ),
+                meta=dict(data.get("meta", {})),
+            )
+        except PipelineError:
+            raise
+        except KeyError as error:
+            raise PipelineError(f"the pipeline lacks field {error}.") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise PipelineError(f"the pipeline is not valid JSON of a Pipeline: {error}.") from error
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Pipeline:
+        """Read a pipeline file. Raises `PipelineError` naming the file."""
+        try:
+            return cls.from_json(path.read_text())
+        except OSError as error:
+            raise PipelineError(f"cannot read pipeline file {path}: {error.strerror}.") from error
+        except PipelineError as error:
+            raise PipelineError(f"{path}: {error}") from error
+
+
+def _must_wait(consumer: NanoOp, producer: NanoOp, edge: Edge) -> bool:
+    if edge.scope is Scope.PREFIX:
+        return producer.start < consumer.stop
+    return producer.start < consumer.stop and consumer.start < producer.stop
+
+
+def _label(nano: NanoOp) -> str:
+    return f"{nano.op}[{nano.start}:{nano.stop}]"
