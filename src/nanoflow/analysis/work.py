@@ -1,0 +1,92 @@
+"""Counting the work of a running engine: a few multiplications an iteration, no clock, no profiler.
+
+Unlike `analysis.cost`, which estimates what an op moves, this counts only what no implementation can avoid: the
+weights and the keys and values that an iteration reads, and the FLOPs of its matrix products. Activations may stay in
+cache and fused kernels skip them, so time at full rates for this work is a bound, not a guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanoflow.analysis.batch_shape import BatchShape, batch_shape_of
+from nanoflow.analysis.cost import distinct_experts, element_bytes
+from nanoflow.core.batch import BatchPlan
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.core.stats import WorkDone
+
+
+@dataclass(frozen=True)
+class IterationWork:
+    """Coefficients of one iteration's least work, over all ranks. Bytes and FLOPs; sums over all layers."""
+
+    flops_per_token: float
+    flops_per_pair: float
+    flops_per_sampled: float
+    weight_bytes: float
+    expert_bytes: float
+    head_bytes: float
+    kv_bytes_per_token: float
+    n_experts: int
+    n_active: int
+    window: int | None
+
+    def flops(self, batch: BatchShape) -> float:
+        """FLOPs of the matrix products and of attention."""
+        dense = self.flops_per_token * batch.n_tokens + self.flops_per_sampled * batch.n_sampled
+        return dense + self.flops_per_pair * batch.pairs
+
+    def mem_bytes(self, batch: BatchShape) -> float:
+        """Weights read once; keys and values of earlier tokens read once a request, those of new tokens written."""
+        if batch.n_tokens == 0:
+            return 0.0
+        weights = self.weight_bytes + (self.head_bytes if batch.n_sampled else 0.0)
+        if self.n_experts:
+            weights += self.expert_bytes * distinct_experts(self.n_experts, self.n_active, batch.n_tokens)
+        return weights + self.kv_bytes_per_token * batch.context
+
+
+def iteration_work(spec: ModelSpec, dtype: str) -> IterationWork:
+    """Coefficients for `spec` with weights and KV cache in `dtype`. Raises `ConfigError` for an unknown dtype."""
+    size = element_bytes(dtype)
+    experts = spec.experts
+    n_moe = spec.n_moe_layers
+    attention = spec.n_layers * spec.d_model * (spec.d_qkv + spec.d_q)
+    dense_ffn = (spec.n_layers - n_moe) * 3 * spec.d_model * spec.d_ff
+    router = n_moe * spec.d_model * experts.n_experts if experts else 0
+    expert = n_moe * 3 * spec.d_model * experts.d_ff if experts else 0
+    n_active = experts.n_active if experts else 0
+    always_read = attention + dense_ffn + router
+    return IterationWork(
+        flops_per_token=2.0 * (always_read + n_active * expert),
+        flops_per_pair=4.0 * spec.d_q * spec.n_layers,
+        flops_per_sampled=2.0 * spec.vocab_size * spec.d_model,
+        weight_bytes=float(always_read * size),
+        expert_bytes=float(expert * size),
+        head_bytes=float(spec.vocab_size * spec.d_model * size),
+        kv_bytes_per_token=float(spec.kv_bytes_per_token(dtype)),
+        n_experts=experts.n_experts if experts else 0,
+        n_active=n_active,
+        window=spec.sliding_window,
+    )
+
+
+class WorkCounter:
+    """Sums the work of iterations. One writer; `done` may be read from elsewhere at any time."""
+
+    def __init__(self, work: IterationWork) -> None:
+        self.work = work
+        self.iterations = 0
+        self.flops = 0.0
+        self.mem_bytes = 0.0
+
+    def add(self, plan: BatchPlan) -> None:
+        """Count one planned iteration."""
+        batch = batch_shape_of(plan, self.work.window)
+        self.iterations += 1
+        self.flops += self.work.flops(batch)
+        self.mem_bytes += self.work.mem_bytes(batch)
+
+    def done(self, *, prompt_tokens: int = 0, output_tokens: int = 0, recomputed_tokens: int = 0) -> WorkDone:
+        """The sums so far, with the token counts that only the scheduler knows."""
+        return WorkDone(self.iterations, self.flops, self.mem_bytes, prompt_tokens, output_tokens, recomputed_tokens)

@@ -1,0 +1,86 @@
+"""What a device can do, as plain data: published figures (`HardwareSpec`) and the `MachineRates` that bounds divide by.
+
+Published peaks tell what a machine could reach; measured rates (from `profiling.machine`) tell what it does reach.
+Both become `MachineRates`, so the analysis never asks where a number came from, only says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nanoflow.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """Rates of one device for one dtype. `None` means unknown; the floor of that resource is then not computed.
+
+    `flops_per_s` is for GEMMs in `dtype`, `link_bytes_per_s` one way. Energies are above idle, `power_budget_w` is
+    the power cap less idle power. `measured` tells a measurement from published peaks; `source` says whose.
+    """
+
+    name: str
+    dtype: str
+    flops_per_s: float
+    mem_bytes_per_s: float
+    link_bytes_per_s: float | None = None
+    power_budget_w: float | None = None
+    pj_per_flop: float | None = None
+    pj_per_byte: float | None = None
+    measured: bool = False
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for figure in ("flops_per_s", "mem_bytes_per_s"):
+            if not getattr(self, figure) > 0:
+                raise ConfigError(f"{figure} of {self.name!r} must be above 0, not {getattr(self, figure)}.")
+        if self.link_bytes_per_s is not None and not self.link_bytes_per_s > 0:
+            raise ConfigError(f"link_bytes_per_s of {self.name!r} must be above 0, not {self.link_bytes_per_s}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HardwareSpec:
+    """Published figures of one device. `sources` names where each figure comes from, by field name.
+
+    `peak_flops` is FLOP/s by dtype, dense (no structured sparsity), accumulating in float32; `link_bytes_per_s` is one
+    way per device over the fastest link that a group of devices shares. A dtype or figure that nobody publishes is
+    absent or `None`, never guessed. Energies (pJ) are above idle.
+    """
+
+    name: str
+    title: str
+    memory_bytes: float
+    mem_bytes_per_s: float
+    peak_flops: Mapping[str, float]
+    link_bytes_per_s: float | None = None
+    power_cap_w: float | None = None
+    idle_w: float | None = None
+    pj_per_flop: Mapping[str, float] = field(default_factory=dict)
+    pj_per_byte: float | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def rates(self, dtype: str) -> MachineRates:
+        """The figures as rates for `dtype`. Raises `ConfigError` if the device has no published peak for it."""
+        if dtype not in self.peak_flops:
+            known = ", ".join(self.peak_flops)
+            raise ConfigError(f"{self.title} has no published peak for {dtype}; choose one of {known}.")
+        budget = None
+        if self.power_cap_w is not None and self.idle_w is not None:
+            budget = self.power_cap_w - self.idle_w
+        return MachineRates(
+            name=self.title,
+            dtype=dtype,
+            flops_per_s=self.peak_flops[dtype],
+            mem_bytes_per_s=self.mem_bytes_per_s,
+            link_bytes_per_s=self.link_bytes_per_s,
+            power_budget_w=budget,
+            pj_per_flop=self.pj_per_flop.get(dtype),
+            pj_per_byte=self.pj_per_byte,
+            source=self.sources.get("peak_flops", ""),
+        )

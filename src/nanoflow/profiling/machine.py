@@ -1,0 +1,162 @@
+"""How fast this machine multiplies matrices and reads memory: the rates that the bound of a run divides by.
+
+A bound must not be beaten by the kernels it judges, so each rate is the best over several shapes, ways and rounds, not
+a mean; data is random, since zeros multiply faster on some devices. It takes about 1.5 s, once: the result is kept in
+the user's cache and belongs to this processor, core count, torch version, dtype and number of threads.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from nanoflow.core import env
+from nanoflow.core.errors import ConfigError
+from nanoflow.core.hardware import MachineRates
+from nanoflow.profiling.rate_cache import RateCache
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_GEMM_SHAPES = ((512, 1024, 1024), (1024, 1024, 1024), (256, 4096, 1024))
+CUDA_GEMM_SHAPES = ((8192, 8192, 8192), (2048, 28672, 4096), (4096, 8192, 4096))
+CPU_READ_BYTES = 512 << 20
+CUDA_READ_BYTES = 4 << 30
+CPU_GEMM_SECONDS = 0.1
+CPU_READ_SECONDS = 0.2
+CUDA_SECONDS = 0.3
+RANDOM_BLOCK = 1 << 20
+CPU_FIELDS = ("cpu family", "model")
+Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
+CUDA_LAUNCHES = 8
+
+Clock = Callable[[Callable[[], object]], float]
+"""Runs a function and returns the seconds it took on the device."""
+
+
+def measure_rates(
+    device: str = "cpu", dtype: str = "bfloat16", threads: int | None = None, *, refresh: bool = False
+) -> MachineRates:
+    """GEMM rate in `dtype` and memory read bandwidth of `device` (`cpu` or `cuda`), with `threads` CPU threads.
+
+    Comes from the cache file unless `refresh` is set. Raises `ConfigError` for an unknown dtype or device.
+    """
+    if dtype not in TORCH_DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(TORCH_DTYPES)}, not {dtype!r}.")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu or cuda, not {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda is not available to torch here; use device cpu.")
+    n_threads = threads or env.available_cores()
+    cache = RateCache(env.cache_dir() / "machine.json")
+    key = machine_key(device, dtype, n_threads)
+    rates = None if refresh else cache.get(key)
+    if rates is None:
+        rates = _measure_cuda(dtype) if device == "cuda" else _measure_cpu(dtype, n_threads)
+        cache.put(key, rates)
+    return rates
+
+
+def machine_key(device: str, dtype: str, threads: int) -> str:
+    """What a measurement is valid for."""
+    who = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {env.available_cores()} cores"
+    return f"{who} | torch {torch.__version__} | {dtype} | {threads} threads"
+
+
+def cpu_model() -> str:
+    """The processor's name, as precise as the system tells."""
+    try:
+        fields = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        fields = []
+    found = {name.strip(): value.strip() for name, _, value in fields}
+    parts = [found.get("model name", ""), *(f"{name} {found[name]}" for name in (CPU_FIELDS) if name in found)]
+    return ", ".join(part for part in parts if part) or platform.processor() or platform.machine()
+
+
+def _measure_cpu(dtype: str, threads: int) -> MachineRates:
+    with _torch_threads(threads):
+        # A kernel may widen its inputs, so float32's rate is within reach of every dtype.
+        ways = {TORCH_DTYPES[dtype], torch.float32}
+        flops = max(_gemm_rate("cpu", way, CPU_GEMM_SHAPES, _wall_clock, CPU_GEMM_SECONDS) for way in ways)
+        n_bytes = min(CPU_READ_BYTES, env.available_memory_bytes() // 4)
+        bandwidth = _read_rate("cpu", n_bytes, _wall_clock, CPU_READ_SECONDS)
+    return _measured(f"{cpu_model()}, {threads} threads", dtype, flops, bandwidth)
+
+
+def _measure_cuda(dtype: str) -> MachineRates:
+    flops = _gemm_rate("cuda", TORCH_DTYPES[dtype], CUDA_GEMM_SHAPES, _cuda_clock, CUDA_SECONDS)
+    free_bytes, _ = torch.cuda.mem_get_info()
+    bandwidth = _read_rate("cuda", min(CUDA_READ_BYTES, free_bytes // 2), _cuda_clock, CUDA_SECONDS)
+    return _measured(torch.cuda.get_device_name(), dtype, flops, bandwidth)
+
+
+def _measured(name: str, dtype: str, flops_per_s: float, mem_bytes_per_s: float) -> MachineRates:
+    source = "best torch GEMM and best streaming read on this machine"
+    return MachineRates(name, dtype, flops_per_s, mem_bytes_per_s, measured=True, source=source)
+
+
+def _gemm_rate(device: str, dtype: torch.dtype, shapes: Shapes, clock: Clock, seconds: float) -> float:
+    """The best FLOP/s over shapes (m, n, k) of y = x Wᵀ, `seconds` each."""
+    best = 0.0
+    for m, n, k in shapes:
+        x_mk = torch.randn(m, k, device=device).to(dtype)
+        weight_nk = torch.randn(n, k, device=device).to(dtype)
+        out_mn = torch.empty(m, n, dtype=dtype, device=device)
+
+        def multiply(x: Tensor = x_mk, weight: Tensor = weight_nk, out: Tensor = out_mn) -> object:
+            return torch.mm(x, weight.t(), out=out)
+
+        best = max(best, 2.0 * m * n * k / _fastest(multiply, clock, seconds))
+    return best
+
+
+def _read_rate(device: str, n_bytes: int, clock: Clock, seconds: float) -> float:
+    """The best bytes/s of reductions that read about `n_bytes` once and write almost nothing."""
+    block = torch.rand(RANDOM_BLOCK, device=device).repeat(max(1, n_bytes // (4 * RANDOM_BLOCK)))
+    as_int32 = block.view(torch.int32)
+    ways: tuple[Callable[[], object], ...] = (block.sum, block.amax, as_int32.amax)
+    return block.numel() * 4 / min(_fastest(way, clock, seconds) for way in ways)
+
+
+def _fastest(run: Callable[[], object], clock: Clock, seconds: float) -> float:
+    """Seconds of the fastest run among those that fit into `seconds`, after one to warm up (three at the least)."""
+    run()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - started < seconds:
+        times.append(clock(run))
+    return min(times)
+
+
+def _wall_clock(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _cuda_clock(run: Callable[[], object]) -> float:
+    """Mean of a row of launches between two events, so that launch gaps do not count."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(CUDA_LAUNCHES):
+        run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3 / CUDA_LAUNCHES
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Run with `threads` of torch's threads, then restore the setting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
