@@ -1,1 +1,1 @@
-"""The  command: argument parsing and printing only."""
+"""The `nanoflow` command: argument parsing and printing only."""

@@ -1,1 +1,1 @@
-"""Plain data that every other folder speaks in: config, specs, requests, sampling parameters, batch plans, errors. No torch."""
+"""Plain data that every other folder speaks in: config, specs, requests, batch plans, errors. No torch."""

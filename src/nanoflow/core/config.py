@@ -23,6 +23,16 @@ def _doc(text: str, **kwargs: Any) -> Any:
     return field(metadata={"help": text}, **kwargs)
 
 
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.")
+
+
+def _at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{name} must be at least {low}, not {value}.")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What to load and in which precision."""
@@ -48,7 +58,9 @@ class CacheConfig:
     """The paged KV cache."""
 
     page_tokens: int = _doc("tokens a KV page holds", default=16)
-    kv_memory_fraction: float | None = _doc("share of the device's free memory (after weights) the KV cache may take", default=None)
+    kv_memory_fraction: float | None = _doc(
+        "share of the device's free memory (after weights) the KV cache may take", default=None
+    )
     kv_memory_bytes: int | None = _doc("KV cache size in bytes, instead of a fraction", default=None)
 
     def __post_init__(self) -> None:
@@ -115,7 +127,11 @@ class EngineConfig:
                 values[owner[name]][name] = value
             else:
                 near = difflib.get_close_matches(name, [*owner, "pipeline"], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known options: {', '.join(sorted([*owner, 'pipeline']))}."
+                hint = (
+                    f"; did you mean {near[0]!r}?"
+                    if near
+                    else f"; known options: {', '.join(sorted([*owner, 'pipeline']))}."
+                )
                 raise ConfigError(f"unknown option {name!r}{hint}")
         if "model" not in values["model"]:
             raise ConfigError("option 'model' is missing; name a preset, a folder or a .gguf file.")
@@ -124,13 +140,3 @@ class EngineConfig:
     def with_options(self, section: str, **changes: Any) -> EngineConfig:
         """A copy with fields of one section (`model`, `cache`, `scheduler`, `device`) replaced."""
         return replace(self, **{section: replace(getattr(self, section), **changes)})
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.")
-
-
-def _at_least(name: str, value: int | None, low: int) -> None:
-    if value is not None and value < low:
-        raise ConfigError(f"{name} must be at least {low}, not {value}.")

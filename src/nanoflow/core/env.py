@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for this package: `$NANOFLOW_CACHE`, else `$XDG_CACHE_HOME/nanoflow`, else `~/.cache/nanoflow`."""
+    """This package's cache: `$NANOFLOW_CACHE`, else `$XDG_CACHE_HOME/nanoflow`, else `~/.cache/nanoflow`."""
     explicit = os.environ.get("NANOFLOW_CACHE")
     if explicit:
         return Path(explicit).expanduser()
@@ -20,9 +20,9 @@ def api_key() -> str | None:
     return os.environ.get("NANOFLOW_API_KEY") or None
 
 
-def log_level() -> str:
-    """Log level name from `$NANOFLOW_LOG_LEVEL`, default `INFO`."""
-    return os.environ.get("NANOFLOW_LOG_LEVEL", "INFO").upper()
+def log_level(default: str = "INFO") -> str:
+    """Log level name from `$NANOFLOW_LOG_LEVEL`; unset or empty gives `default`."""
+    return (os.environ.get("NANOFLOW_LOG_LEVEL") or default).upper()
 
 
 def available_cores() -> int:
@@ -33,7 +33,7 @@ def available_cores() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping, in bytes (`MemAvailable` capped by the cgroup limit; 4 GiB if unknown)."""
+    """Bytes that can be taken without swapping (`MemAvailable`, capped by the cgroup limit; 4 GiB if unknown)."""
     candidates: list[int] = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -58,7 +58,7 @@ class SamplingParams:
         _require_int("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower it or raise max_tokens.",
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); swap or change them.",
                 "min_tokens",
             )
         for name in ("logprobs", "prompt_logprobs"):

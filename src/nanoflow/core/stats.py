@@ -1,4 +1,4 @@
-"""A snapshot of the engine for metrics, dashboards and the percent-of-bound line. Counters only grow; gauges are now."""
+"""A snapshot of the engine for metrics, dashboards and the percent-of-bound line. Counters only grow."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The serving engine: scheduler, asynchronous loop, sampling, and the composition root that builds it all."""
+"""The engine: schedule a batch, launch it, retire the batch before."""

@@ -1,0 +1,28 @@
+"""`nanoflow serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+
+from nanoflow.cli import options
+from nanoflow.core.config import EngineConfig
+from nanoflow.server.config import ServerConfig
+
+HELP = "serve a model over HTTP, as OpenAI's API"
+LOG_LEVEL = "INFO"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    options.add_engine_options(parser)
+    options.add_dataclass_options(parser.add_argument_group("server"), ServerConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C, then drain."""
+    config = EngineConfig.from_options(**options.engine_options(args))
+    server_config = ServerConfig(**options.chosen(args, ServerConfig))
+    from nanoflow.server.run import serve
+
+    serve(config, server_config)
+    return 0
