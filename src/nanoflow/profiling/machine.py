@@ -2,7 +2,9 @@
 
 A bound must not be beaten by the kernels it judges, so each rate is the best over several shapes, ways and rounds, not
 a mean; data is random, since zeros multiply faster on some devices. It takes about 1.5 s, once: the result is kept in
-the user's cache and belongs to this processor, core count, torch version, dtype and number of threads.
+the user's cache and belongs to this processor, core count, torch version, dtype and number of threads. A CPU that other
+programs use at the same moment looks slow: runs are therefore short (some fall between the others), and a measurement
+that was disturbed all the same is used but not kept.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,10 +23,13 @@ from torch import Tensor
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
+from nanoflow.core.log import get_logger
 from nanoflow.profiling.rate_cache import RateCache
 
+log = get_logger(__name__)
+
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CPU_GEMM_SHAPES = ((512, 1024, 1024), (1024, 1024, 1024), (256, 4096, 1024))
+CPU_GEMM_SHAPES = ((256, 1024, 1024), (512, 1024, 1024), (256, 4096, 1024))
 CUDA_GEMM_SHAPES = ((8192, 8192, 8192), (2048, 28672, 4096), (4096, 8192, 4096))
 CPU_READ_BYTES = 512 << 20
 CUDA_READ_BYTES = 4 << 30
@@ -33,7 +39,9 @@ CUDA_SECONDS = 0.3
 RANDOM_BLOCK = 1 << 20
 CPU_FIELDS = ("cpu family", "model")
 Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
+READ_CHUNKS = 8
 CUDA_LAUNCHES = 8
+UNDISTURBED = 0.9
 
 Clock = Callable[[Callable[[], object]], float]
 """Runs a function and returns the seconds it took on the device."""
@@ -55,9 +63,16 @@ def measure_rates(
     n_threads = threads or env.available_cores()
     cache = RateCache(env.cache_dir() / "machine.json")
     key = machine_key(device, dtype, n_threads)
-    rates = None if refresh else cache.get(key)
-    if rates is None:
-        rates = _measure_cuda(dtype) if device == "cuda" else _measure_cpu(dtype, n_threads)
+    kept = None if refresh else cache.get(key)
+    if kept is not None:
+        return kept
+    if device == "cuda":
+        rates, disturbed = _measure_cuda(dtype), False
+    else:
+        rates, disturbed = _measure_cpu(dtype, n_threads)
+    if disturbed:
+        log.warning("other programs used this machine while its rates were measured; the bound may be too low")
+    else:
         cache.put(key, rates)
     return rates
 
@@ -79,14 +94,24 @@ def cpu_model() -> str:
     return ", ".join(part for part in parts if part) or platform.processor() or platform.machine()
 
 
-def _measure_cpu(dtype: str, threads: int) -> MachineRates:
+def _measure_cpu(dtype: str, threads: int) -> tuple[MachineRates, bool]:
+    """The rates, and whether other programs took part of the processor meanwhile (torch's waiting threads spin)."""
     with _torch_threads(threads):
         # A kernel may widen its inputs, so float32's rate is within reach of every dtype.
         ways = {TORCH_DTYPES[dtype], torch.float32}
         flops = max(_gemm_rate("cpu", way, CPU_GEMM_SHAPES, _wall_clock, CPU_GEMM_SECONDS) for way in ways)
         n_bytes = min(CPU_READ_BYTES, env.available_memory_bytes() // 4)
         bandwidth = _read_rate("cpu", n_bytes, _wall_clock, CPU_READ_SECONDS)
-    return _measured(f"{cpu_model()}, {threads} threads", dtype, flops, bandwidth)
+        share = _cpu_share(threads)
+    return _measured(f"{cpu_model()}, {threads} threads", dtype, flops, bandwidth), share < UNDISTURBED
+
+
+def _cpu_share(threads: int) -> float:
+    """The part of `threads` whole cores that this process gets while it multiplies."""
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    wall, cpu = time.perf_counter(), time.process_time()
+    _fastest(lambda: torch.mm(a, b), _wall_clock, CPU_GEMM_SECONDS)
+    return (time.process_time() - cpu) / ((time.perf_counter() - wall) * threads)
 
 
 def _measure_cuda(dtype: str) -> MachineRates:
@@ -117,11 +142,16 @@ def _gemm_rate(device: str, dtype: torch.dtype, shapes: Shapes, clock: Clock, se
 
 
 def _read_rate(device: str, n_bytes: int, clock: Clock, seconds: float) -> float:
-    """The best bytes/s of reductions that read about `n_bytes` once and write almost nothing."""
-    block = torch.rand(RANDOM_BLOCK, device=device).repeat(max(1, n_bytes // (4 * RANDOM_BLOCK)))
-    as_int32 = block.view(torch.int32)
-    ways: tuple[Callable[[], object], ...] = (block.sum, block.amax, as_int32.amax)
-    return block.numel() * 4 / min(_fastest(way, clock, seconds) for way in ways)
+    """The best bytes/s of reductions that write almost nothing, over chunks of `n_bytes` in turn (so no cache helps)."""
+    blocks = max(READ_CHUNKS, n_bytes // (4 * RANDOM_BLOCK)) // READ_CHUNKS * READ_CHUNKS
+    chunks = torch.rand(RANDOM_BLOCK, device=device).repeat(blocks).chunk(READ_CHUNKS)
+    floats, integers = cycle(chunks), cycle([chunk.view(torch.int32) for chunk in chunks])
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: next(floats).sum(),
+        lambda: next(floats).amax(),
+        lambda: next(integers).amax(),
+    )
+    return chunks[0].numel() * 4 / min(_fastest(way, clock, seconds) for way in ways)
 
 
 def _fastest(run: Callable[[], object], clock: Clock, seconds: float) -> float:
