@@ -49,7 +49,7 @@ class SamplingPlan:
     """How each of S sequences chooses its token.
 
     `keys` is the 64-bit random key of (request seed, number of tokens generated): equal keys and logits give equal
-    tokens on every device. `n_logprobs` is -1 where none are wanted. `bias_*` add to single logits (`-inf` forbids).
+    tokens on every device. `n_logprobs` is -1 where none are wanted; `any_logprobs` tells whether any row wants some. `bias_*` add to single logits (`-inf` forbids).
     """
 
     token_rows: Int32Array
@@ -64,6 +64,32 @@ class SamplingPlan:
     bias_tokens: Int32Array
     bias_values: Float32Array
     penalties: PenaltyPlan | None = None
+    any_logprobs: bool = False
+
+    def rows(self, start: int, stop: int) -> SamplingPlan:
+        """The plan of rows [start, stop) alone (penalty resets left out: they happen once for the whole plan)."""
+        cut = slice(start, stop)
+        biased = (self.bias_rows >= start) & (self.bias_rows < stop)
+        penalties = self.penalties
+        if penalties is not None:
+            penalties = PenaltyPlan(
+                penalties.table_row[cut], penalties.repetition[cut], penalties.presence[cut], penalties.frequency[cut]
+            )
+        return SamplingPlan(
+            token_rows=self.token_rows[cut],
+            slots=self.slots[cut],
+            temperature=self.temperature[cut],
+            top_k=self.top_k[cut],
+            top_p=self.top_p[cut],
+            min_p=self.min_p[cut],
+            keys=self.keys[cut],
+            n_logprobs=self.n_logprobs[cut],
+            bias_rows=self.bias_rows[biased] - start,
+            bias_tokens=self.bias_tokens[biased],
+            bias_values=self.bias_values[biased],
+            penalties=penalties,
+            any_logprobs=self.any_logprobs,
+        )
 
 
 @dataclass(frozen=True)

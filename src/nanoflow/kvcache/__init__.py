@@ -1,1 +1,1 @@
-"""The paged KV cache: which pages exist, who owns them, and when they come back."""
+"""Paged KV memory: who owns which page."""

@@ -1,1 +1,1 @@
-"""One decoder with its per-architecture differences, and weights from safetensors, GGUF or a seed."""
+"""Models: what they are (configs of three formats), where their weights lie, and the one decoder that runs them."""

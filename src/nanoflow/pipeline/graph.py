@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from nanoflow.core.model_spec import ModelSpec
-from nanoflow.pipeline.ops import Op
+from nanoflow.core.ops import Op
 
 
 class Scope(StrEnum):

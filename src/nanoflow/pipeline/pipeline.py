@@ -14,7 +14,7 @@ from typing import Any
 
 from nanoflow.core.errors import PipelineError
 from nanoflow.pipeline.graph import Edge, LayerGraph, Scope
-from nanoflow.pipeline.ops import Op
+from nanoflow.core.ops import Op
 
 FORMAT_VERSION = 1
 

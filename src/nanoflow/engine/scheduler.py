@@ -1,0 +1,347 @@
+"""The scheduler: which tokens make up the next iteration, and what the last one's results mean.
+
+A batch is filled with one token of every decoding request first, then with prompt chunks, up to the dense batch.
+Requests are admitted in order of arrival while the predicted peak of KV memory fits; if a prediction was wrong, the
+youngest request gives its pages back and is recomputed later. The batch in flight may be one iteration behind what
+is scheduled: a request that turns out to have ended has its one extra token dropped in `retire`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.core.batch import BatchResult, PenaltyReset
+from nanoflow.core.request import FinishReason, TokenLogprobs
+from nanoflow.engine.admission import DecodeLengths, admissible
+from nanoflow.engine.batching import Chunk, ScheduledBatch, build_batch
+from nanoflow.engine.sequence import Sequence, TokenEvent, token_logprobs
+from nanoflow.engine.table import RequestTable, SlotState
+from nanoflow.kvcache.allocator import PageAllocator
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Sizes that scheduling has to respect. `max_running` is at most `dense_batch`."""
+
+    dense_batch: int
+    max_running: int
+    max_model_len: int
+    page_tokens: int
+    n_pages: int
+    eos_ids: tuple[int, ...] = ()
+
+
+class Scheduler:
+    """Continuous batching over paged KV memory. Not thread-safe: one thread schedules and retires."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        assert limits.max_running <= limits.dense_batch, "every running request must find a place in the batch"
+        assert limits.n_pages * limits.page_tokens >= limits.max_model_len, "one longest request must fit"
+        self.limits = limits
+        self.allocator = PageAllocator(limits.n_pages)
+        max_pages = -(-limits.max_model_len // limits.page_tokens)
+        # Twice the running requests: a finished or preempted one keeps its slot while a batch in flight mentions it.
+        self.table = RequestTable(2 * limits.max_running, max_pages)
+        self.lengths = DecodeLengths()
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+        self.recomputed_tokens = 0
+        self.finished: dict[str, int] = {}
+        self._ages: dict[Sequence, int] = {}
+        self._next_age = 0
+        self._free_penalty_rows: list[int] = []
+        self._n_penalty_rows = 0
+
+    # --- requests in and out ---
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; its prompt and maximum output fit `max_model_len` (checked on submission)."""
+        self.waiting.append(sequence)
+
+    def abort(self, sequence: Sequence, reason: FinishReason = "abort", error: str | None = None) -> bool:
+        """End a sequence wherever it is and free its pages. False if it had ended before."""
+        if sequence.finish_reason is not None:
+            return False
+        sequence.finish(reason, error=error)
+        self._count(reason)
+        if sequence.slot is None:
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+            self._ages.pop(sequence, None)
+        else:
+            self._leave(sequence.slot)
+        return True
+
+    @property
+    def n_running(self) -> int:
+        """Requests that hold pages."""
+        return len(self.table.slots_in(SlotState.PREFILL, SlotState.DECODE))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is queued, running, or waits for a batch in flight."""
+        return bool(self.waiting) or self.table.n_free < self.table.n_slots
+
+    def live_sequences(self) -> list[Sequence]:
+        """Every sequence that has not ended."""
+        held = [s for s in self.table.sequences if s is not None and s.finish_reason is None]
+        return [*held, *self.waiting]
+
+    # --- one iteration ---
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Form the next batch and count its tokens as computed; None if nothing can run now."""
+        resets: list[PenaltyReset] = []
+        decode = self._decode_slots()
+        chunks = self._prefill_chunks(self.limits.dense_batch - len(decode), resets)
+        if not len(decode) and not chunks:
+            self._break_prefill_deadlock()
+            return None
+        batch = build_batch(self.table, decode, chunks, self.limits.page_tokens, resets)
+        table = self.table
+        table.computed[batch.slots] += np.diff(batch.plan.query_start)
+        table.in_flight[batch.slots] += 1
+        table.n_out_planned[batch.sample_slots] += 1
+        table.state[batch.sample_slots] = SlotState.DECODE
+        return batch
+
+    def retire(self, batch: ScheduledBatch, result: BatchResult) -> list[TokenEvent]:
+        """Take a finished iteration's tokens: extend, finish, free. Returns what listeners should hear, in order."""
+        table = self.table
+        table.in_flight[batch.slots] -= 1
+        self._take_prompt_scores(batch, result)
+        events = self._extend(batch, result)
+        self._settle(batch.slots)
+        return events
+
+    # --- forming a batch ---
+
+    def _decode_slots(self) -> np.ndarray:
+        """Slots that decode this iteration, with a page for their new token each; preempts the youngest if need be."""
+        table, page = self.table, self.limits.page_tokens
+        while True:
+            slots = table.slots_in(SlotState.DECODE)
+            slots = slots[table.n_out_planned[slots] < table.max_out[slots]]
+            growing = slots[table.computed[slots] >= table.n_pages[slots] * page]
+            if len(growing) <= self.allocator.n_free:
+                break
+            self._preempt(self._youngest())
+        if len(growing):
+            table.pages[growing, table.n_pages[growing]] = self.allocator.allocate(len(growing))
+            table.n_pages[growing] += 1
+        return slots
+
+    def _prefill_chunks(self, budget: int, resets: list[PenaltyReset]) -> list[Chunk]:
+        """Chunks for admitted prompts, oldest first, then for newly admitted ones, within `budget` tokens."""
+        chunks: list[Chunk] = []
+        prefilling = self.table.slots_in(SlotState.PREFILL)
+        for slot in prefilling[np.argsort(self.table.age[prefilling])].tolist():
+            budget -= self._add_chunk(slot, budget, chunks, resets)
+        if budget > 0 and self.waiting:
+            for slot in self._admit(budget):
+                budget -= self._add_chunk(slot, budget, chunks, resets)
+        return chunks
+
+    def _add_chunk(self, slot: int, budget: int, chunks: list[Chunk], resets: list[PenaltyReset]) -> int:
+        """Give `slot` as many tokens as budget and free pages allow; returns how many."""
+        table, page = self.table, self.limits.page_tokens
+        start = int(table.computed[slot])
+        room = (int(table.n_pages[slot]) + self.allocator.n_free) * page - start
+        count = min(int(table.target[slot]) - start, budget, room)
+        if count <= 0:
+            return 0
+        held = int(table.n_pages[slot])
+        needed = -(-(start + count) // page) - held
+        if needed > 0:
+            table.pages[slot, held : held + needed] = self.allocator.allocate(needed)
+            table.n_pages[slot] += needed
+        last = start + count == int(table.target[slot])
+        if last:
+            self._prepare_sampling(slot, resets)
+        chunks.append(Chunk(slot, start, count, last))
+        return count
+
+    def _prepare_sampling(self, slot: int, resets: list[PenaltyReset]) -> None:
+        sequence = self.table.sequences[slot]
+        assert sequence is not None
+        if sequence.request.params.has_penalties:
+            if not self._free_penalty_rows:
+                self._free_penalty_rows.append(self._n_penalty_rows)
+                self._n_penalty_rows += 1
+            row = self._free_penalty_rows.pop()
+            self.table.penalty_row[slot] = row
+            outputs = np.asarray(sequence.output_ids, dtype=np.int32)
+            resets.append(PenaltyReset(row, sequence.prompt_array, outputs))
+
+    def _admit(self, budget: int) -> list[int]:
+        """Admit waiting sequences in order while slots, budget and the predicted peak of KV memory allow."""
+        table = self.table
+        running = table.slots_in(SlotState.PREFILL, SlotState.DECODE)
+        places = min(self.limits.max_running - len(running), table.n_free)
+        candidates: list[Sequence] = []
+        for sequence in self.waiting:
+            if len(candidates) >= places or budget <= 0:
+                break
+            candidates.append(sequence)
+            budget -= len(sequence.prompt_array) + len(sequence.output_ids)
+        if not candidates:
+            return []
+        count = self._fitting(running, candidates)
+        if count == 0 and len(running) == 0:
+            count = 1  # alone, any request that passed submission fits
+        return [self._admit_one(self.waiting.popleft()) for _ in range(count)]
+
+    def _fitting(self, running: np.ndarray, candidates: list[Sequence]) -> int:
+        table, page = self.table, self.limits.page_tokens
+        held = np.maximum(table.n_prompt[running] + table.n_out_planned[running], table.target[running]) + page
+        remaining = self.lengths.remaining(table.n_out_planned[running], table.max_out[running], table.fixed_length[running])
+        n_out = np.array([len(s.output_ids) for s in candidates], dtype=np.int32)
+        new_held = np.array([len(s.prompt_array) for s in candidates], dtype=np.float64) + n_out + page
+        max_out = np.array([s.request.max_tokens for s in candidates], dtype=np.int32)
+        fixed = np.array([s.request.params.ignore_eos and not s.request.params.stop for s in candidates], dtype=bool)
+        new_remaining = self.lengths.remaining(n_out, max_out, fixed)
+        capacity = float(self.limits.n_pages * page)
+        return admissible(held.astype(np.float64), remaining, new_held, new_remaining, capacity)
+
+    def _admit_one(self, sequence: Sequence) -> int:
+        age = self._ages.get(sequence)
+        if age is None:
+            age = self._ages[sequence] = self._next_age
+            self._next_age += 1
+        else:
+            self.recomputed_tokens += len(sequence.prompt_array) + len(sequence.output_ids)
+        return self.table.admit(sequence, age, self.stop_ids_of(sequence))
+
+    def stop_ids_of(self, sequence: Sequence) -> tuple[int, ...]:
+        """Token ids that end `sequence`."""
+        params = sequence.request.params
+        eos = () if params.ignore_eos else self.limits.eos_ids
+        return tuple(dict.fromkeys([*eos, *params.stop_token_ids]))
+
+    # --- giving pages back ---
+
+    def _youngest(self) -> int:
+        slots = self.table.slots_in(SlotState.PREFILL, SlotState.DECODE)
+        return int(slots[np.argmax(self.table.age[slots])])
+
+    def _preempt(self, slot: int) -> None:
+        """Take all pages from `slot`; it queues again, with the tokens it has, once nothing in flight mentions it."""
+        self.preemptions += 1
+        self._release(slot)
+        self.table.state[slot] = SlotState.PREEMPTED
+        self._settle(np.array([slot]))
+
+    def _break_prefill_deadlock(self) -> None:
+        """Several half-done prefills can hold all pages while nothing decodes: the youngest yields."""
+        slots = self.table.slots_in(SlotState.PREFILL)
+        if len(slots) and not self.table.in_flight.any():
+            self._preempt(self._youngest())
+
+    def _leave(self, slot: int) -> None:
+        """The sequence in `slot` has ended: give its pages back now, its slot when nothing in flight mentions it."""
+        self._release(slot)
+        self.table.state[slot] = SlotState.DRAINING
+        self._settle(np.array([slot]))
+
+    def _release(self, slot: int) -> None:
+        table = self.table
+        count = int(table.n_pages[slot])
+        self.allocator.release(table.pages[slot, :count].copy())
+        table.n_pages[slot] = 0
+        if table.penalty_row[slot] >= 0:
+            self._free_penalty_rows.append(int(table.penalty_row[slot]))
+            table.penalty_row[slot] = -1
+
+    def _settle(self, slots: np.ndarray) -> None:
+        """Free the slots that only waited for their batch in flight; preempted sequences go to the head of the queue."""
+        table = self.table
+        settled = slots[(table.in_flight[slots] == 0) & (table.state[slots] >= SlotState.PREEMPTED)]
+        for slot in settled[np.argsort(-table.age[settled])].tolist():
+            sequence = table.sequences[slot]
+            assert sequence is not None
+            queue_again = table.state[slot] == SlotState.PREEMPTED
+            table.free(slot)
+            if queue_again:
+                self.waiting.appendleft(sequence)
+            else:
+                self._ages.pop(sequence, None)
+
+    # --- taking results ---
+
+    def _extend(self, batch: ScheduledBatch, result: BatchResult) -> list[TokenEvent]:
+        table = self.table
+        states = table.state[batch.sample_slots]
+        rows = np.flatnonzero((states == SlotState.DECODE) | (states == SlotState.PREEMPTED))
+        slots = batch.sample_slots[rows]
+        tokens = result.tokens[rows]
+        table.n_out[slots] += 1
+        n_out = table.n_out[slots]
+        stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1) & (n_out > table.min_out[slots])
+        ended = stopped | (n_out >= table.max_out[slots])
+        wants_logprobs = table.n_logprobs[slots] >= 0
+        special = wants_logprobs | table.watches_text[slots]
+        events: list[TokenEvent] = []
+        for row, slot, token, is_stop, is_end, is_special in zip(
+            rows.tolist(), slots.tolist(), tokens.tolist(), stopped.tolist(), ended.tolist(), special.tolist(), strict=True
+        ):
+            sequence = table.sequences[slot]
+            assert sequence is not None
+            sequence.output_ids.append(token)
+            text: str | None = None
+            logprobs: TokenLogprobs | None = None
+            if is_special:
+                text, logprobs, is_end = self._special_token(sequence, token, row, result, is_stop, is_end)
+            if is_end:
+                self._finish(sequence, slot, token, is_stop)
+            if sequence.streaming:
+                events.append(TokenEvent(sequence, token, text, logprobs, sequence.finish_reason))
+        return events
+
+    def _special_token(
+        self, sequence: Sequence, token: int, row: int, result: BatchResult, is_stop: bool, is_end: bool
+    ) -> tuple[str | None, TokenLogprobs | None, bool]:
+        """The slow path of a token: log-probabilities to keep, text to search for stop strings."""
+        logprobs = None
+        n_top = sequence.request.params.logprobs
+        if n_top is not None and sequence.logprobs is not None and result.logprobs is not None:
+            logprobs = token_logprobs(result.logprobs, row, token, n_top)
+            sequence.logprobs.append(logprobs)
+        text = None
+        if sequence.stop_watch is not None:
+            hide = is_stop and not sequence.request.params.include_stop_str_in_output
+            text, matched = sequence.stop_watch.feed([token], last=is_end, drop_last_token=hide)
+            sequence.text_parts.append(text)
+            if matched is not None:
+                sequence.finish("stop", matched)
+                is_end = True
+        return text, logprobs, is_end
+
+    def _finish(self, sequence: Sequence, slot: int, token: int, is_stop: bool) -> None:
+        if is_stop:
+            is_eos = token in self.limits.eos_ids and token not in sequence.request.params.stop_token_ids
+            sequence.finish("stop", None if is_eos else token)
+        else:
+            sequence.finish("length")
+        assert sequence.finish_reason is not None
+        self.lengths.observe(len(sequence.output_ids))
+        self._count(sequence.finish_reason)
+        if self.table.state[slot] == SlotState.PREEMPTED:
+            self.table.state[slot] = SlotState.DRAINING
+        else:
+            self._leave(slot)
+
+    def _take_prompt_scores(self, batch: ScheduledBatch, result: BatchResult) -> None:
+        row = 0
+        for sequence, count in batch.scored:
+            assert result.prompt_logprobs is not None and sequence.prompt_logprobs is not None
+            n_top = sequence.request.params.prompt_logprobs or 0
+            for _ in range(count):
+                token = int(sequence.prompt_array[len(sequence.prompt_logprobs)])
+                sequence.prompt_logprobs.append(token_logprobs(result.prompt_logprobs, row, token, n_top))
+                row += 1
+
+    def _count(self, reason: str) -> None:
+        self.finished[reason] = self.finished.get(reason, 0) + 1

@@ -1,0 +1,103 @@
+"""From what a user asks to what the engine runs: prompts to token ids, limits checked, `n` choices split.
+
+Everything that can be wrong with a request is found here, before it is queued, with a sentence that says what to
+change.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from nanoflow.core.errors import InvalidRequestError
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.core.request import Request
+from nanoflow.core.sampling import SamplingParams
+from nanoflow.engine.sequence import Sequence
+from nanoflow.engine.table import N_STOP_IDS
+from nanoflow.engine.text_stream import TextStream
+from nanoflow.text.base import Tokenizer
+
+Prompt = str | SequenceOf[int]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Makes sequences for one model."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    max_model_len: int
+    eos_ids: tuple[int, ...]
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt given as text or as ids. Raises `InvalidRequestError` if none or out of vocabulary."""
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise InvalidRequestError("prompt holds a lone surrogate; send valid Unicode text.", "prompt") from None
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+            for token in ids:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
+                    raise InvalidRequestError(
+                        f"prompt holds {token!r}; token ids are whole numbers from 0 to {self.spec.vocab_size - 1}.",
+                        "prompt",
+                    )
+        if not ids:
+            raise InvalidRequestError("prompt is empty; send at least one token.", "prompt")
+        return ids
+
+    def sequences(
+        self, prompt_ids: SequenceOf[int], params: SamplingParams, *, request_id: str | None = None, streaming: bool = False
+    ) -> list[Sequence]:
+        """One sequence a choice of the request. Raises `InvalidRequestError` naming the field."""
+        max_tokens = self._max_tokens(len(prompt_ids), params)
+        self._check_tokens(params)
+        request_id = request_id or uuid.uuid4().hex
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        ids = tuple(prompt_ids)
+        now = time.monotonic()
+        return [
+            Sequence(
+                # Choices of one request differ by their seed alone; choice 0 has the seed that was asked for.
+                Request(request_id, ids, params, max_tokens, (seed + index * 0x9E3779B9) % 2**64, index, now),
+                streaming=streaming,
+                stop_watch=TextStream(self.tokenizer, params) if params.stop else None,
+            )
+            for index in range(params.n)
+        ]
+
+    def _max_tokens(self, n_prompt: int, params: SamplingParams) -> int:
+        room = self.max_model_len - n_prompt
+        if room < 1:
+            raise InvalidRequestError(
+                f"the prompt has {n_prompt} tokens, but this model serves {self.max_model_len} in all (prompt and "
+                "output); shorten the prompt.",
+                "prompt",
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise InvalidRequestError(
+                f"max_tokens is {params.max_tokens}, but the prompt has {n_prompt} of the {self.max_model_len} tokens "
+                f"this model serves in all; ask for at most {room}.",
+                "max_tokens",
+            )
+        if params.min_tokens > room:
+            raise InvalidRequestError(f"min_tokens is {params.min_tokens}, but only {room} tokens fit; lower it.", "min_tokens")
+        return room if params.max_tokens is None else params.max_tokens
+
+    def _check_tokens(self, params: SamplingParams) -> None:
+        for name, tokens in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+            for token in tokens:
+                if token >= self.spec.vocab_size:
+                    raise InvalidRequestError(
+                        f"{name} names token {token}, but ids end at {self.spec.vocab_size - 1}; correct it.", name
+                    )
+        allowed = N_STOP_IDS - len(self.eos_ids)
+        if len(set(params.stop_token_ids)) > allowed:
+            raise InvalidRequestError(f"stop_token_ids takes at most {allowed} ids; send fewer.", "stop_token_ids")

@@ -1,0 +1,170 @@
+"""Pipeline × model × device: stages a batch, starts its program, and hands back the iteration in flight.
+
+It knows nothing of requests: a `BatchPlan` goes in, sampled tokens come out. Tokens sampled for a slot stay on the
+device, where the next iteration's decode rows pick them up, so the next launch need not wait for this one's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoflow.core.batch import BatchPlan, BatchResult, LogprobArrays, PromptLogprobPlan, SamplingPlan
+from nanoflow.core.errors import PipelineError
+from nanoflow.device.base import Device, Run
+from nanoflow.executor.program import build_program, issue
+from nanoflow.executor.staging import Stager, scaled_slice
+from nanoflow.models.decoder import Decoder
+from nanoflow.models.state import Activations, NanoBatch
+from nanoflow.pipeline.graph import layer_graph
+from nanoflow.pipeline.pipeline import Pipeline
+
+LOGIT_ROWS = 128
+"""Rows of logits made at a time: enough for an efficient product, few enough to stay in a CPU's cache."""
+
+
+class Sampler(Protocol):
+    """Chooses tokens from logits; keeps what it needs between iterations by slot."""
+
+    def begin(self, plan: SamplingPlan) -> None:
+        """Prepare for a new iteration (e.g. load the penalty rows of newly admitted requests)."""
+        ...
+
+    def sample(self, logits_sv: Tensor, plan: SamplingPlan, tokens_s: Tensor) -> LogprobArrays | None:
+        """Write a token a row; `logits_sv` (float32) may be changed. Log-probabilities if any row asks."""
+        ...
+
+    def score(self, logits_lv: Tensor, target_ids: Tensor, n_top: int) -> LogprobArrays:
+        """Log-probabilities of given tokens under unchanged logits, with `n_top` alternatives."""
+        ...
+
+
+@dataclass
+class _WholeBatch:
+    """What prologue and epilogue need: the batch as one slice, and where to leave the result."""
+
+    plan: BatchPlan
+    nano: NanoBatch
+    result: BatchResult | None = None
+
+
+@dataclass
+class InFlight:
+    """An iteration that the device is working on."""
+
+    plan: BatchPlan
+    _run: Run
+    _whole: _WholeBatch = field(repr=False)
+
+    def result(self) -> BatchResult:
+        """Wait for the iteration and return its tokens. Re-raises an error of any launch."""
+        self._run.synchronize()
+        assert self._whole.result is not None
+        return self._whole.result
+
+
+class Executor:
+    """Runs batches of at most `pipeline.dense_batch` tokens through one pipeline."""
+
+    def __init__(
+        self, pipeline: Pipeline, decoder: Decoder, device: Device, sampler: Sampler, n_slots: int, dtype: torch.dtype
+    ) -> None:
+        graph = layer_graph(decoder.spec)
+        pipeline.validate(graph)
+        self.pipeline = pipeline
+        self.decoder = decoder
+        self.device = device
+        self.sampler = sampler
+        where = device.torch_device
+        self._slices = pipeline.slices
+        self._activations = Activations.allocate(decoder.spec, pipeline.dense_batch, dtype, where)
+        self._stager = Stager(self._activations, where)
+        self._last_tokens = torch.zeros(n_slots, dtype=torch.int32, device=where)
+        self._logits = torch.empty(LOGIT_ROWS, decoder.spec.vocab_size, dtype=torch.float32, device=where)
+        device.open_lanes([(lane.name, lane.share) for lane in pipeline.lanes])
+        self._program = build_program(pipeline, graph, decoder, self._prologue, self._epilogue)
+
+    def launch(self, plan: BatchPlan) -> InFlight:
+        """Start an iteration without waiting for it."""
+        if plan.n_tokens > self.pipeline.dense_batch:
+            raise PipelineError(
+                f"a batch of {plan.n_tokens} tokens does not fit the pipeline's dense batch of {self.pipeline.dense_batch}."
+            )
+        token_ids = self._stager.tensor(plan.token_ids)
+        states: list[NanoBatch | _WholeBatch | None] = []
+        for rows in self._slices:
+            start, stop = scaled_slice(rows, self.pipeline.dense_batch, plan.n_tokens)
+            states.append(self._stager.nano_batch(plan, token_ids, start, stop))
+        nano = states[0] if len(self._slices) == 1 else self._stager.nano_batch(plan, token_ids, 0, plan.n_tokens)
+        assert isinstance(nano, NanoBatch), "a batch has at least one token"
+        whole = _WholeBatch(plan, nano)
+        states.append(whole)
+        return InFlight(plan, self.device.start(self._program, states, issue), whole)
+
+    def _prologue(self, whole: _WholeBatch) -> None:
+        n_decode = whole.plan.n_decode
+        if n_decode:
+            slots = self._stager.tensor(whole.plan.token_slots[:n_decode])
+            torch.index_select(self._last_tokens, 0, slots, out=whole.nano.token_ids_t[:n_decode])
+        self.decoder.embed(whole.nano)
+
+    def _epilogue(self, whole: _WholeBatch) -> None:
+        plan = whole.plan
+        prompt = None if plan.prompt_logprobs is None else self._score_prompt(plan.prompt_logprobs)
+        tokens, logprobs = self._sample(plan.sampling)
+        whole.result = BatchResult(tokens.cpu().numpy(), logprobs, prompt)
+
+    def _sample(self, plan: SamplingPlan) -> tuple[Tensor, LogprobArrays | None]:
+        n_rows = len(plan.token_rows)
+        tokens = torch.empty(n_rows, dtype=torch.int32, device=self._last_tokens.device)
+        self.sampler.begin(plan)
+        parts: list[LogprobArrays | None] = []
+        for start in range(0, n_rows, LOGIT_ROWS):
+            stop = min(start + LOGIT_ROWS, n_rows)
+            part = plan if stop - start == n_rows else plan.rows(start, stop)
+            logits = self._logits_of(part.token_rows)
+            parts.append(self.sampler.sample(logits, part, tokens[start:stop]))
+        if n_rows:
+            self._last_tokens.index_copy_(0, self._stager.tensor(plan.slots).long(), tokens)
+        return tokens, _joined(parts)
+
+    def _score_prompt(self, plan: PromptLogprobPlan) -> LogprobArrays | None:
+        n_top = int(plan.n_logprobs.max())
+
+        def score(start: int) -> LogprobArrays:
+            part = slice(start, start + LOGIT_ROWS)
+            return self.sampler.score(
+                self._logits_of(plan.token_rows[part]), self._stager.tensor(plan.target_ids[part]), n_top
+            )
+
+        return _joined([score(start) for start in range(0, len(plan.token_rows), LOGIT_ROWS)])
+
+    def _logits_of(self, token_rows: np.ndarray) -> Tensor:
+        logits = self._logits[: len(token_rows)]
+        self.decoder.lm_head(self._activations.x_td, self._stager.tensor(token_rows), logits)
+        return logits
+
+
+def _joined(parts: Sequence[LogprobArrays | None]) -> LogprobArrays | None:
+    """Row blocks put together (all of them score or none: the sampler decides by the whole plan)."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    if len(parts) == 1:
+        return known[0]
+    width = max(part.top_ids.shape[1] for part in known)
+    return LogprobArrays(
+        chosen=np.concatenate([part.chosen for part in known]),
+        rank=np.concatenate([part.rank for part in known]),
+        top_ids=np.concatenate([_padded(part.top_ids, width) for part in known]),
+        top_logprobs=np.concatenate([_padded(part.top_logprobs, width) for part in known]),
+    )
+
+
+def _padded(array: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])))

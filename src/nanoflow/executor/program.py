@@ -1,0 +1,97 @@
+"""A Pipeline unrolled over a model's layers into a program of launches, and the loop that issues it.
+
+Dependencies inside one lane hold by order; only those between lanes become events. The program does not depend on
+the batch: what does is in the states, one a nano-batch, that each run brings along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanoflow.device.base import Event, Lane, Launch, Program
+from nanoflow.models.decoder import Decoder
+from nanoflow.models.state import NanoBatch
+from nanoflow.pipeline.graph import LayerGraph
+from nanoflow.pipeline.pipeline import Pipeline
+
+
+def issue(launches: Sequence[Launch], lanes: Sequence[Lane], states: Sequence[Any], events: Sequence[Event]) -> None:
+    """Issue launches in pipeline order: wait for what they read, run, tell those who wait."""
+    for launch in launches:
+        lane = lanes[launch.lane]
+        if launch.after:
+            lane.wait([events[index] for index in launch.after])
+        launch.run(states[launch.state])
+        if launch.done is not None:
+            lane.record(events[launch.done])
+
+
+@dataclass
+class _Row:
+    """A launch before it knows which events it needs."""
+
+    label: str
+    lane: int
+    run: Callable[[Any], None]
+    state: int
+    needs: list[int]
+
+
+def build_program(
+    pipeline: Pipeline,
+    graph: LayerGraph,
+    decoder: Decoder,
+    prologue: Callable[[Any], None],
+    epilogue: Callable[[Any], None],
+) -> Program:
+    """All launches of an iteration: `prologue` (embedding), the layers, `epilogue` (LM head and sampling).
+
+    States: one per `pipeline.slices` entry, in that order, then one for prologue and epilogue (the whole batch), both
+    of which run on the first lane.
+    """
+    lane_of = {lane.name: index for index, lane in enumerate(pipeline.lanes)}
+    state_of = {rows: index for index, rows in enumerate(pipeline.slices)}
+    whole = len(state_of)
+    dependencies = pipeline.dependencies(graph)
+    rows = [_Row("embed", 0, prologue, whole, [])]
+    per_layer = len(pipeline.nano_ops)
+    for layer in range(decoder.spec.n_layers):
+        first = 1 + layer * per_layer
+        for nano, needed in zip(pipeline.nano_ops, dependencies, strict=True):
+            needs = [first - dep.layer_back * per_layer + dep.producer for dep in needed if layer >= dep.layer_back]
+            if layer == 0 and not needs:
+                needs = [0]
+            run = _bind(decoder.layer_ops[nano.op], layer)
+            label = f"{nano.op}[{nano.start}:{nano.stop}]@{layer}"
+            rows.append(_Row(label, lane_of[nano.lane], run, state_of[(nano.start, nano.stop)], needs))
+    last_layer = list(range(len(rows) - per_layer, len(rows)))
+    rows.append(_Row("head", 0, epilogue, whole, last_layer))
+    return _connect(rows)
+
+
+def _bind(operation: Callable[[int, NanoBatch], None], layer: int) -> Callable[[NanoBatch | None], None]:
+    def run(state: NanoBatch | None) -> None:
+        if state is not None:
+            operation(layer, state)
+
+    return run
+
+
+def _connect(rows: list[_Row]) -> Program:
+    """Give an event to each launch that another lane waits for; of several in one lane only the last is waited for."""
+    waits: list[tuple[int, ...]] = []
+    for row in rows:
+        newest: dict[int, int] = {}
+        for need in row.needs:
+            lane = rows[need].lane
+            if lane != row.lane:
+                newest[lane] = max(need, newest.get(lane, -1))
+        waits.append(tuple(newest.values()))
+    event_of = {need: index for index, need in enumerate(sorted({need for wait in waits for need in wait}))}
+    launches = tuple(
+        Launch(row.label, row.lane, row.run, row.state, tuple(event_of[n] for n in wait), event_of.get(index))
+        for index, (row, wait) in enumerate(zip(rows, waits, strict=True))
+    )
+    return Program(launches, len(event_of))

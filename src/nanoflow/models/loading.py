@@ -1,0 +1,111 @@
+"""Weights from a `WeightSource` into a decoder, one matrix at a time.
+
+Projections are read part by part into their fused form, handed to the kernels (which may repack them) and dropped, so
+the peak is the model plus one matrix. Layers come in order, with a progress bar.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanoflow.core.errors import ModelLoadError
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.kernels.base import ExpertWeights, Kernels, LinearWeight
+from nanoflow.models.decoder import DecoderWeights, LayerWeights
+from nanoflow.models.weights.base import WeightSource
+
+
+def load_weights(
+    spec: ModelSpec,
+    source: WeightSource,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    show_progress: bool = True,
+) -> DecoderWeights:
+    """Read every weight of `spec` in `dtype` onto `device`. Raises `ModelLoadError` naming a missing or misshapen one."""
+    reader = _Reader(source, kernels, dtype, device)
+    embedding = reader.linear([("model.embed_tokens.weight", spec.vocab_size)], spec.d_model)
+    numbers = tqdm(range(spec.n_layers), desc=f"loading {spec.name}", unit="layer", disable=not show_progress, leave=False)
+    layers = tuple(_load_layer(spec, reader, number) for number in numbers)
+    tied = spec.tie_embeddings
+    lm_head = embedding if tied else reader.linear([("lm_head.weight", spec.vocab_size)], spec.d_model)
+    return DecoderWeights(embedding, layers, reader.vector("model.norm.weight", spec.d_model), lm_head)
+
+
+class _Reader:
+    """Reads named tensors, checks their shapes, and fuses them."""
+
+    def __init__(self, source: WeightSource, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
+        self.source = source
+        self.kernels = kernels
+        self.dtype = dtype
+        self.device = device
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        found = tuple(self.source.shape(name))
+        if found != shape:
+            raise ModelLoadError(f"weight {name!r} has shape {found}, but the model's config asks for {shape}.")
+        return self.source.read(name)
+
+    def vector(self, name: str, size: int) -> Tensor:
+        return self._read(name, (size,)).to(self.device, self.dtype).contiguous()
+
+    def linear(self, parts: list[tuple[str, int]], width: int) -> LinearWeight:
+        """Parts (name, rows) stacked by rows, each (rows, width)."""
+        if len(parts) == 1:
+            name, rows = parts[0]
+            fused = self._read(name, (rows, width)).to(self.device, self.dtype)
+            return self.kernels.linear_weight(fused)
+        fused = torch.empty(sum(rows for _, rows in parts), width, dtype=self.dtype, device=self.device)
+        start = 0
+        for name, rows in parts:
+            fused[start : start + rows].copy_(self._read(name, (rows, width)))
+            start += rows
+        return self.kernels.linear_weight(fused)
+
+    def bias(self, parts: list[tuple[str, int]]) -> Tensor:
+        return torch.cat([self.vector(name, rows) for name, rows in parts])
+
+
+def _load_layer(spec: ModelSpec, reader: _Reader, number: int) -> LayerWeights:
+    base = f"model.layers.{number}"
+    attn = f"{base}.self_attn"
+    qkv = [(f"{attn}.q_proj", spec.d_q), (f"{attn}.k_proj", spec.d_kv), (f"{attn}.v_proj", spec.d_kv)]
+    gate_up = [(f"{base}.mlp.gate_proj", spec.d_ff), (f"{base}.mlp.up_proj", spec.d_ff)]
+    moe = spec.is_moe_layer(number)
+    return LayerWeights(
+        attn_norm_d=reader.vector(f"{base}.input_layernorm.weight", spec.d_model),
+        qkv=reader.linear([(f"{name}.weight", rows) for name, rows in qkv], spec.d_model),
+        qkv_bias_n=reader.bias([(f"{name}.bias", rows) for name, rows in qkv]) if spec.qkv_bias else None,
+        q_norm_e=reader.vector(f"{attn}.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
+        k_norm_e=reader.vector(f"{attn}.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
+        o=reader.linear([(f"{attn}.o_proj.weight", spec.d_model)], spec.d_q),
+        o_bias_d=reader.vector(f"{attn}.o_proj.bias", spec.d_model) if spec.o_bias else None,
+        ffn_norm_d=reader.vector(f"{base}.post_attention_layernorm.weight", spec.d_model),
+        gate_up=None if moe else reader.linear([(f"{name}.weight", rows) for name, rows in gate_up], spec.d_model),
+        gate_up_bias_n=reader.bias([(f"{name}.bias", rows) for name, rows in gate_up]) if spec.mlp_bias and not moe else None,
+        down=None if moe else reader.linear([(f"{base}.mlp.down_proj.weight", spec.d_model)], spec.d_ff),
+        down_bias_d=reader.vector(f"{base}.mlp.down_proj.bias", spec.d_model) if spec.mlp_bias and not moe else None,
+        experts=_load_experts(spec, reader, f"{base}.mlp") if moe else None,
+    )
+
+
+def _load_experts(spec: ModelSpec, reader: _Reader, base: str) -> ExpertWeights:
+    assert spec.experts is not None
+    width = spec.experts.d_ff
+    names = [f"{base}.experts.{number}" for number in range(spec.experts.n_experts)]
+    gate_up = [
+        reader.linear([(f"{name}.gate_proj.weight", width), (f"{name}.up_proj.weight", width)], spec.d_model)
+        for name in names
+    ]
+    return ExpertWeights(
+        router=reader.linear([(f"{base}.gate.weight", spec.experts.n_experts)], spec.d_model),
+        gate_up=tuple(gate_up),
+        down=tuple(reader.linear([(f"{name}.down_proj.weight", spec.d_model)], width) for name in names),
+        n_active=spec.experts.n_active,
+        normalise=spec.experts.normalise,
+    )
