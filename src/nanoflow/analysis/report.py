@@ -49,6 +49,8 @@ class RunReport:
     def summary(self) -> str:
         """One line for people."""
         how = "measured" if self.rates.measured else "published"
+        if self.percent_of_bound > 100.0:
+            how += ", too low: measure again on an idle machine"
         return (
             f"{self.tokens_per_s:.1f} tokens/s (in + out), {self.output_tokens_per_s:.1f} output tokens/s; "
             f"{self.percent_of_bound:.0f} % of the {self.floors.limit} bound "

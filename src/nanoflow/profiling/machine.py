@@ -4,7 +4,7 @@ A bound must not be beaten by the kernels it judges, so each rate is the best ov
 a mean; data is random, since zeros multiply faster on some devices. It takes about 1.5 s, once: the result is kept in
 the user's cache and belongs to this processor, core count, torch version, dtype and number of threads. A CPU that other
 programs use at the same moment looks slow: runs are therefore short (some fall between the others), and a measurement
-that was disturbed all the same is used but not kept.
+that was disturbed all the same is repeated at the next start, the better figures being kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nanoflow.core import env
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.core.log import get_logger
-from nanoflow.profiling.rate_cache import RateCache
+from nanoflow.profiling.rate_cache import KeptRates, RateCache
 
 log = get_logger(__name__)
 
@@ -33,8 +33,8 @@ CPU_GEMM_SHAPES = ((256, 1024, 1024), (512, 1024, 1024), (256, 4096, 1024))
 CUDA_GEMM_SHAPES = ((8192, 8192, 8192), (2048, 28672, 4096), (4096, 8192, 4096))
 CPU_READ_BYTES = 512 << 20
 CUDA_READ_BYTES = 4 << 30
-CPU_GEMM_SECONDS = 0.1
-CPU_READ_SECONDS = 0.2
+CPU_GEMM_SECONDS = 0.08
+CPU_READ_SECONDS = 0.1
 CUDA_SECONDS = 0.3
 RANDOM_BLOCK = 1 << 20
 CPU_FIELDS = ("cpu family", "model")
@@ -64,17 +64,18 @@ def measure_rates(
     cache = RateCache(env.cache_dir() / "machine.json")
     key = machine_key(device, dtype, n_threads)
     kept = None if refresh else cache.get(key)
-    if kept is not None:
-        return kept
+    if kept is not None and kept.settled:
+        return kept.rates
     if device == "cuda":
-        rates, disturbed = _measure_cuda(dtype), False
+        found = KeptRates(_measure_cuda(dtype), settled=True)
     else:
-        rates, disturbed = _measure_cpu(dtype, n_threads)
-    if disturbed:
+        found = _measure_cpu(dtype, n_threads)
+    if kept is not None:
+        found = found.best_of(kept)
+    if not found.settled:
         log.warning("other programs used this machine while its rates were measured; the bound may be too low")
-    else:
-        cache.put(key, rates)
-    return rates
+    cache.put(key, found)
+    return found.rates
 
 
 def machine_key(device: str, dtype: str, threads: int) -> str:
@@ -94,16 +95,17 @@ def cpu_model() -> str:
     return ", ".join(part for part in parts if part) or platform.processor() or platform.machine()
 
 
-def _measure_cpu(dtype: str, threads: int) -> tuple[MachineRates, bool]:
-    """The rates, and whether other programs took part of the processor meanwhile (torch's waiting threads spin)."""
+def _measure_cpu(dtype: str, threads: int) -> KeptRates:
+    """The rates; settled unless other programs took part of the processor meanwhile (torch's waiting threads spin)."""
     with _torch_threads(threads):
         # A kernel may widen its inputs, so float32's rate is within reach of every dtype.
         ways = {TORCH_DTYPES[dtype], torch.float32}
-        flops = max(_gemm_rate("cpu", way, CPU_GEMM_SHAPES, _wall_clock, CPU_GEMM_SECONDS) for way in ways)
         n_bytes = min(CPU_READ_BYTES, env.available_memory_bytes() // 4)
-        bandwidth = _read_rate("cpu", n_bytes, _wall_clock, CPU_READ_SECONDS)
+        before = _read_rate("cpu", n_bytes, _wall_clock, CPU_READ_SECONDS)
+        flops = max(_gemm_rate("cpu", way, CPU_GEMM_SHAPES, _wall_clock, CPU_GEMM_SECONDS) for way in ways)
         share = _cpu_share(threads)
-    return _measured(f"{cpu_model()}, {threads} threads", dtype, flops, bandwidth), share < UNDISTURBED
+        bandwidth = max(before, _read_rate("cpu", n_bytes, _wall_clock, CPU_READ_SECONDS))
+    return KeptRates(_measured(f"{cpu_model()}, {threads} threads", dtype, flops, bandwidth), share >= UNDISTURBED)
 
 
 def _cpu_share(threads: int) -> float:
@@ -142,7 +144,7 @@ def _gemm_rate(device: str, dtype: torch.dtype, shapes: Shapes, clock: Clock, se
 
 
 def _read_rate(device: str, n_bytes: int, clock: Clock, seconds: float) -> float:
-    """The best bytes/s of reductions that write almost nothing, over chunks of `n_bytes` in turn (so no cache helps)."""
+    """The best bytes/s of reductions that write almost nothing, over chunks of `n_bytes` in turn: no cache helps."""
     blocks = max(READ_CHUNKS, n_bytes // (4 * RANDOM_BLOCK)) // READ_CHUNKS * READ_CHUNKS
     chunks = torch.rand(RANDOM_BLOCK, device=device).repeat(blocks).chunk(READ_CHUNKS)
     floats, integers = cycle(chunks), cycle([chunk.view(torch.int32) for chunk in chunks])
@@ -172,13 +174,14 @@ def _wall_clock(run: Callable[[], object]) -> float:
 
 def _cuda_clock(run: Callable[[], object]) -> float:
     """Mean of a row of launches between two events, so that launch gaps do not count."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(CUDA_LAUNCHES):
         run()
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop) / 1e3 / CUDA_LAUNCHES
+    return float(start.elapsed_time(stop)) / 1e3 / CUDA_LAUNCHES
 
 
 @contextmanager
