@@ -35,7 +35,9 @@ class _Reader:
         self.file = file
         self.arch = str(file.metadata.get("general.architecture"))
         if self.arch not in ARCHITECTURES:
-            raise ModelLoadError(f"{file.path}: architecture {self.arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}.")
+            raise ModelLoadError(
+                f"{file.path}: architecture {self.arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}."
+            )
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.file.metadata.get(f"{self.arch}.{key}", default)
@@ -88,7 +90,11 @@ class _Reader:
     def experts(self) -> ExpertSpec | None:
         if not self.get("expert_count"):
             return None
-        dense = tuple(layer for layer in range(self.count("block_count")) if f"blk.{layer}.ffn_gate_inp.weight" not in self.file.tensors)
+        dense = tuple(
+            layer
+            for layer in range(self.count("block_count"))
+            if f"blk.{layer}.ffn_gate_inp.weight" not in self.file.tensors
+        )
         return ExpertSpec(
             n_experts=self.count("expert_count"),
             n_active=self.count("expert_used_count"),
@@ -107,7 +113,9 @@ class _Reader:
         if kind == "linear":
             return RopeSpec(theta=theta, kind="linear", factor=factor)
         if kind != "yarn":
-            raise ModelLoadError(f"{self.file.path}: rope scaling {kind!r} is not supported; supported: none, linear, yarn.")
+            raise ModelLoadError(
+                f"{self.file.path}: rope scaling {kind!r} is not supported; supported: none, linear, yarn."
+            )
         return RopeSpec(
             theta=theta,
             kind="yarn",
@@ -121,14 +129,18 @@ class _Reader:
         """Llama 3.1 scaling, which GGUF stores as a divisor of each frequency: checked against Llama 3.1's formula."""
         rope = RopeSpec(theta=theta, kind="llama3", factor=float(factors.max()))
         if not np.allclose(factors, llama3_divisors(rope, len(factors)), rtol=1e-3):
-            raise ModelLoadError(f"{self.file.path}: rope_freqs.weight follows another rule than Llama 3.1's; use the original folder.")
+            raise ModelLoadError(
+                f"{self.file.path}: rope_freqs.weight follows another rule than Llama 3.1's; use the original folder."
+            )
         return rope
 
 
 def llama3_divisors(rope: RopeSpec, n_pairs: int) -> npt.NDArray[np.float64]:
     """What Llama 3.1 divides each of the `n_pairs` frequencies by (config of meta-llama/Llama-3.1-8B, `rope_type: llama3`)."""
     wavelengths = 2 * np.pi * rope.theta ** (np.arange(n_pairs) / n_pairs)
-    smooth = (rope.original_context_tokens / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (rope.original_context_tokens / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
     smooth = np.clip(smooth, 0.0, 1.0)
     divisors: npt.NDArray[np.float64] = 1.0 / ((1.0 - smooth) / rope.factor + smooth)
     return divisors

@@ -67,7 +67,9 @@ class _Header:
         if magic != b"GGUF":
             raise ModelLoadError(f"{self.path} is not a GGUF file (it starts with {magic!r}).")
         if version not in (2, 3):
-            raise ModelLoadError(f"{self.path} is of GGUF version {version}; versions 2 and 3 are read (convert it again).")
+            raise ModelLoadError(
+                f"{self.path} is of GGUF version {version}; versions 2 and 3 are read (convert it again)."
+            )
         n_tensors, n_values = self.take("Q"), self.take("Q")
         metadata: dict[str, Any] = {}
         for _ in range(n_values):
@@ -126,12 +128,16 @@ class _Header:
         try:
             encoding = GGMLQuantizationType(kind)
         except ValueError as error:
-            raise ModelLoadError(f"{self.path}: {name} has the unknown encoding {kind}; convert the model to Q8_0 or F16.") from error
+            raise ModelLoadError(
+                f"{self.path}: {name} has the unknown encoding {kind}; convert the model to Q8_0 or F16."
+            ) from error
         block, block_bytes = GGML_QUANT_SIZES[encoding]
         if not shape or shape[-1] % block:
             raise ValueError(f"{name} of shape {shape} does not fill blocks of {block}")
         row_bytes = shape[-1] // block * block_bytes
         end = offset + math.prod(shape[:-1]) * row_bytes
         if end > len(self.data):
-            raise ModelLoadError(f"{self.path} has {len(self.data)} bytes, but {name} ends at {end}; download it again.")
+            raise ModelLoadError(
+                f"{self.path} has {len(self.data)} bytes, but {name} ends at {end}; download it again."
+            )
         return GgufTensor(shape, offset, encoding.name, row_bytes)

@@ -39,7 +39,9 @@ def read_hf_spec(folder: Path) -> ModelSpec:
     """The spec of a model folder: `config.json`, with end-of-sequence ids also from `generation_config.json`."""
     generation = folder / "generation_config.json"
     return spec_from_hf_config(
-        read_json(folder / "config.json"), folder.resolve().name, read_json(generation) if generation.is_file() else None
+        read_json(folder / "config.json"),
+        folder.resolve().name,
+        read_json(generation) if generation.is_file() else None,
     )
 
 
@@ -54,12 +56,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def spec_from_hf_config(config: Mapping[str, Any], name: str, generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
+def spec_from_hf_config(
+    config: Mapping[str, Any], name: str, generation_config: Mapping[str, Any] | None = None
+) -> ModelSpec:
     """The spec that a `config.json` describes. Raises `ModelLoadError` for what is missing or not supported."""
     architecture = _architecture(config, name)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelLoadError(f"{name} is quantised ({method}), which is not supported; use the original folder or a .gguf file.")
+        raise ModelLoadError(
+            f"{name} is quantised ({method}), which is not supported; use the original folder or a .gguf file."
+        )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelLoadError(f"{name}: activation {activation!r} is not supported; supported: silu.")
@@ -69,7 +75,9 @@ def spec_from_hf_config(config: Mapping[str, Any], name: str, generation_config:
     n_kv_heads = _count(config, "num_key_value_heads", name) if config.get("num_key_value_heads") else n_heads
     head_dim = config.get("head_dim") or d_model // n_heads
     if n_heads % n_kv_heads:
-        raise ModelLoadError(f"{name}: num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}.")
+        raise ModelLoadError(
+            f"{name}: num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}."
+        )
     attention_bias = bool(config.get("attention_bias")) and architecture in ("LlamaForCausalLM", *_QWEN3)
     max_context = _count(config, "max_position_embeddings", name)
     return ModelSpec(
@@ -145,7 +153,9 @@ def _rope(config: Mapping[str, Any], architecture: str, max_context: int, name: 
                 original_context_tokens=original,
             )
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelLoadError(f"{name}: rope scaling {kind!r} lacks or misstates {error}; see the model's config.json.") from error
+        raise ModelLoadError(
+            f"{name}: rope scaling {kind!r} lacks or misstates {error}; see the model's config.json."
+        ) from error
     if scaling.get("truncate") is False:
         raise ModelLoadError(f"{name}: yarn scaling with truncate=false is not supported.")
     return RopeSpec(
@@ -164,7 +174,9 @@ def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float |
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        of_query, of_all = (0.1 * float(scaling[key]) * math.log(max(factor, 1.0)) + 1.0 for key in ("mscale", "mscale_all_dim"))
+        of_query, of_all = (
+            0.1 * float(scaling[key]) * math.log(max(factor, 1.0)) + 1.0 for key in ("mscale", "mscale_all_dim")
+        )
         return of_query / of_all
     return None
 
@@ -234,5 +246,7 @@ def _dtype(config: Mapping[str, Any], name: str) -> str:
     value = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = str(value).removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
-        raise ModelLoadError(f"{name}: weights of dtype {dtype} are not supported; supported: {', '.join(DTYPE_BYTES)}.")
+        raise ModelLoadError(
+            f"{name}: weights of dtype {dtype} are not supported; supported: {', '.join(DTYPE_BYTES)}."
+        )
     return dtype

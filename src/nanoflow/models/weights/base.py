@@ -84,7 +84,9 @@ def check_complete(source: WeightSource, spec: ModelSpec, origin: str) -> None:
     missing = [name for name, _ in tensor_shapes(spec) if name not in present]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelLoadError(f"{origin} lacks the tensor {missing[0]}{more}; the download is incomplete or of another model.")
+        raise ModelLoadError(
+            f"{origin} lacks the tensor {missing[0]}{more}; the download is incomplete or of another model."
+        )
     for name, expected in tensor_shapes(spec):
         found = source.shape(name)
         if found != expected:

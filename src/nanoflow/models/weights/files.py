@@ -32,7 +32,9 @@ class TensorFile:
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
-            raise ModelLoadError(f"{path} cannot be opened: {error.strerror}. Check the path and its permissions.") from error
+            raise ModelLoadError(
+                f"{path} cannot be opened: {error.strerror}. Check the path and its permissions."
+            ) from error
         self.n_bytes = os.fstat(self._file.fileno()).st_size
 
     def read(self, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
@@ -88,7 +90,10 @@ class FileWeights:
     def names(self) -> list[str]:
         """Canonical names, file by file, in the order of their bytes."""
         parts = self._parts
-        return sorted(parts, key=lambda name: (str(parts[name].stored.file.path), parts[name].stored.offset, parts[name].first_row))
+        return sorted(
+            parts,
+            key=lambda name: (str(parts[name].stored.file.path), parts[name].stored.offset, parts[name].first_row),
+        )
 
     def shape(self, name: str) -> Shape:
         """See `WeightSource.shape`."""
@@ -111,7 +116,9 @@ class FileWeights:
     def _part(self, name: str) -> TensorPart:
         part = self._parts.get(name)
         if part is None:
-            raise ModelLoadError(f"{self._origin} has no tensor {name}; the download is incomplete or of another model.")
+            raise ModelLoadError(
+                f"{self._origin} has no tensor {name}; the download is incomplete or of another model."
+            )
         return part
 
 

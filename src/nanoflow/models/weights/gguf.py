@@ -63,7 +63,10 @@ def _parts_of(file: GgufFile, data: TensorFile, name: str, tensor: GgufTensor) -
         projection = kind.removeprefix("ffn_")
         yield f"{prefix}.mlp.experts.{expert}.{projection}_proj.{suffix}", TensorPart(stored, tensor.shape)
     elif kind in _LAYER_NAMES:
-        yield f"{prefix}.{_LAYER_NAMES[kind]}.{suffix}", TensorPart(stored, tensor.shape, rotary_heads=_rotary_heads(file, kind))
+        yield (
+            f"{prefix}.{_LAYER_NAMES[kind]}.{suffix}",
+            TensorPart(stored, tensor.shape, rotary_heads=_rotary_heads(file, kind)),
+        )
     else:
         raise ModelLoadError(f"{file.path}: tensor {name} belongs to no supported model.")
 

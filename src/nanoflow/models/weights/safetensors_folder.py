@@ -117,4 +117,8 @@ def _canonical_name(name: str) -> str:
     if mixtral is None:
         return name
     prefix, expert, projection, _ = mixtral.groups()
-    return f"{prefix}.mlp.gate.weight" if expert is None else f"{prefix}.mlp.experts.{expert}.{_MIXTRAL_NAMES[projection]}.weight"
+    return (
+        f"{prefix}.mlp.gate.weight"
+        if expert is None
+        else f"{prefix}.mlp.experts.{expert}.{_MIXTRAL_NAMES[projection]}.weight"
+    )
