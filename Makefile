@@ -6,7 +6,7 @@ TORCH  ?= 2.13.0
 MODEL  ?= smollm2
 
 BIN     := $(VENV)/bin
-PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+PIP     := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 TORCHED := $(VENV)/.stamp-torch-$(TORCH)
 READY   := $(VENV)/.stamp-package
 DEV     := $(VENV)/.stamp-dev

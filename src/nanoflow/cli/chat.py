@@ -72,8 +72,12 @@ class BackgroundEngine:
 
         async def pump() -> None:
             try:
-                async for delta in self._engine.submit(prompt_ids, params):
-                    deltas.put(delta)
+                stream = self._engine.submit(prompt_ids, params)
+                try:
+                    async for delta in stream:
+                        deltas.put(delta)
+                finally:
+                    stream.abort()
             except Exception as error:
                 deltas.put(error)
             finally:
@@ -90,7 +94,7 @@ class BackgroundEngine:
 
     def shutdown(self) -> None:
         """Stop the engine and its thread."""
-        self._engine.shutdown()
+        asyncio.run_coroutine_threadsafe(self._engine.shutdown(), self._loop).result(timeout=30)
         self._stop_loop()
 
     def _stop_loop(self) -> None:
@@ -101,7 +105,7 @@ class BackgroundEngine:
 async def _start(config: EngineConfig) -> AsyncLLM:
     from nanoflow.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_config(config)
+    return AsyncLLM.from_config(config, show_progress=sys.stderr.isatty())
 
 
 def talk(engine: BackgroundEngine, params: SamplingParams, system: str | None) -> None:

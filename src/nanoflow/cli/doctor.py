@@ -1,61 +1,53 @@
-"""`nanoflow doctor`: what this machine has, what the engine would use on it, and why."""
+"""`nanoflow doctor`: what this machine has, what the engine would use on it, and why.
+
+The choices and their reasons are the engine's own (`engine.resolve`), asked with nothing but a device; doctor decides
+nothing itself.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import shutil
-import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nanoflow import __version__
 from nanoflow.core import env
-from nanoflow.core.config import DEVICES
+from nanoflow.core.config import DEVICES, EngineConfig
+from nanoflow.core.presets import PRESETS
 
 HELP = "tell what this machine has and what will be used"
 LOG_LEVEL = "WARNING"
 GIB = 1 << 30
 COMPILERS = ("c++", "g++", "clang++")
+PROBE_MODEL = "smollm2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="look at this device")
-    parser.add_argument("--refresh", action="store_true", help="measure anew instead of reading the cached rates")
+    parser.add_argument("--refresh", action="store_true", help="measure anew instead of taking the cached rates")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings. Exit code 1 only if no kernel backend works."""
+    """Print the findings. Exit code 1 only if no kernel backend works here."""
     findings = examine(args.device, refresh=args.refresh)
     if args.json:
         print(json.dumps(findings))
     else:
         print_findings(findings)
-    return 0 if findings["use"] else 1
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the engine would run with, and the reasons, in words."""
-
-    device: str
-    dtype: str
-    kernels: str
-    why: list[str]
+    return 0 if findings["use"]["kernels"] is not None else 1
 
 
 def examine(device: str, *, refresh: bool = False) -> dict[str, Any]:
     """Everything that `doctor` knows, as plain values."""
     import torch
 
-    from nanoflow.profiling.machine import measure_rates
-
-    offers = kernel_offers("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    choice = choose(device, offers, torch.cuda.is_available())
-    rates = measure_rates(choice.device, choice.dtype, refresh=refresh).to_dict() if choice else None
     return {
         "nanoflow": __version__,
         "python": platform.python_version(),
@@ -66,7 +58,86 @@ def examine(device: str, *, refresh: bool = False) -> dict[str, Any]:
         "compiler": next((path for name in COMPILERS if (path := shutil.which(name))), None),
         "cache_dir": str(env.cache_dir()),
         "gpus": gpus(),
-        "kernels": offers,
-        "use": vars(choice) if choice else None,
-        "rates": rates,
+        **engine_choices(device, refresh=refresh),
     }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The CUDA devices that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory, "sms": gpu.multi_processor_count} for gpu in found]
+
+
+def engine_choices(device_option: str, *, refresh: bool) -> dict[str, Any]:
+    """Device, precision and kernels that the engine would take for a bfloat16 model, why, and the measured rates."""
+    from nanoflow.engine.resolve import TORCH_DTYPES, open_device, resolve_dtype
+    from nanoflow.kernels.registry import available
+    from nanoflow.profiling.machine import measure_rates
+
+    config = EngineConfig.from_options(model=PROBE_MODEL, device=device_option)
+    with collected_logs("nanoflow.engine.resolve") as reasons:
+        device = open_device(config)
+        dtype = resolve_dtype(config, PRESETS[PROBE_MODEL], device).model.dtype
+    offers = available(device.kind, TORCH_DTYPES[dtype])
+    rates = measure_rates(device.kind, dtype, refresh=refresh)
+    use = {
+        "device": device.kind,
+        "device_name": device.name,
+        "dtype": dtype,
+        "kernels": next((name for name, refusal in offers if refusal is None), None),
+        "why": reasons,
+    }
+    return {
+        "kernels": [{"name": name, "usable": refusal is None, "refusal": refusal} for name, refusal in offers],
+        "use": use,
+        "rates": rates.to_dict(),
+    }
+
+
+@contextmanager
+def collected_logs(logger_name: str) -> Iterator[list[str]]:
+    """The messages that a logger gets in the block, at INFO and above; they are not printed."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger(logger_name), Collect()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def print_findings(found: dict[str, Any]) -> None:
+    """The findings for people."""
+    use, rates = found["use"], found["rates"]
+    memory = f"{found['memory_bytes'] / GIB:.1f} GiB free memory"
+    print(f"nanoflow {found['nanoflow']}, Python {found['python']}, torch {found['torch']}, {found['system']}")
+    print(f"machine   {use['device_name']}, {found['cores']} cores, {memory}")
+    print(f"compiler  {found['compiler'] or 'none found: kernels that need one are left out'}")
+    for gpu in found["gpus"]:
+        print(f"GPU       {gpu['name']}, {gpu['memory_bytes'] / GIB:.0f} GiB, {gpu['sms']} SMs")
+    if not found["gpus"]:
+        print("GPU       none that torch can use")
+    print(f"cache     {found['cache_dir']}")
+    print(f"measured  {rates['flops_per_s'] / 1e9:.0f} GFLOP/s GEMM, {rates['mem_bytes_per_s'] / 1e9:.1f} GB/s memory")
+    print("kernels   " + "; ".join(_offer(offer) for offer in found["kernels"]))
+    print(f"will use  {use['device']}, {use['dtype']}, {use['kernels'] or 'no'} kernels")
+    for reason in use["why"]:
+        print(f"          {reason}")
+
+
+def _offer(offer: dict[str, Any]) -> str:
+    return f"{offer['name']} (works)" if offer["usable"] else f"{offer['name']} (no: {offer['refusal']})"

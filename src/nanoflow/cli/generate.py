@@ -64,7 +64,7 @@ def load_llm(engine_options: dict[str, Any]) -> LLM:
     """The engine, imported only now: parsing a command line must not wait for torch."""
     from nanoflow.engine.llm import LLM
 
-    return LLM(**engine_options)
+    return LLM(**engine_options, show_progress=sys.stderr.isatty())
 
 
 def read_prompts(args: argparse.Namespace) -> list[prompts.PromptItem]:

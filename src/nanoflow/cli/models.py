@@ -1,4 +1,4 @@
-"""`nanoflow models`: the presets, how large they are, and which of them this machine could hold or has at hand."""
+"""`nanoflow models`: the presets, how large they are, and which of them has weights on this machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from nanoflow.core import env
+from nanoflow.core.errors import ModelLoadError
 from nanoflow.core.model_spec import DTYPE_BYTES, ModelSpec
 from nanoflow.core.presets import PRESETS
 
@@ -21,46 +22,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a model."""
+    """Print one line a preset, then the converted models in the cache."""
     from nanoflow.models.registry import list_cached
 
-    cached = {entry.name: str(entry.path) for entry in list_cached()}
     memory_bytes = env.available_memory_bytes()
-    rows = [describe(name, spec, cached.pop(name, None), memory_bytes) for name, spec in PRESETS.items()]
-    rows += [{"name": name, "path": path} for name, path in cached.items()]
+    rows = [describe(spec, weights_of(name), memory_bytes) for name, spec in PRESETS.items()]
+    cached = [{"cached_file": str(entry.path), "bytes": entry.n_bytes} for entry in list_cached()]
+    if args.json:
+        for row in [*rows, *cached]:
+            print(json.dumps(row))
+        return 0
+    print(f"{'MODEL':<22}{'parameters':>12}{'bf16 weights':>15}{'KV a token':>13}   here")
     for row in rows:
-        print(json.dumps(row) if args.json else line(row))
-    if not args.json:
-        print("\nMODEL is one of these names, a Hugging Face folder or a .gguf file.")
-        print("A preset without weights here runs with seeded random ones: --load-format random.")
+        print(line(row))
+    for entry in cached:
+        print(f"cached: {entry['cached_file']} ({entry['bytes'] / GIB:.2f} GiB)")
+    print("\nMODEL is one of these names, a Hugging Face folder or a .gguf file.")
+    print("A preset without weights here runs with seeded random ones: --load-format random.")
     return 0
 
 
-def describe(name: str, spec: ModelSpec, path: str | None, memory_bytes: int) -> dict[str, Any]:
-    """Facts of a preset. Sizes are of the weights in bfloat16; `fits` leaves out the KV cache."""
+def weights_of(name: str) -> str | None:
+    """Where the real weights of a preset lie on this machine; None if it has none."""
+    from nanoflow.models.registry import resolve_model
+
+    try:
+        return resolve_model(name).origin
+    except ModelLoadError:
+        return None
+
+
+def describe(spec: ModelSpec, weights: str | None, memory_bytes: int) -> dict[str, Any]:
+    """Facts of a preset. Sizes are in bfloat16; `fits_in_memory` compares weights alone with the free memory."""
     weight_bytes = spec.n_params * DTYPE_BYTES["bfloat16"]
     return {
-        "name": name,
+        "name": spec.name,
         "architecture": spec.architecture,
         "parameters": spec.n_params,
         "active_parameters": spec.n_active_params,
         "bf16_bytes": weight_bytes,
         "kv_bytes_per_token": spec.kv_bytes_per_token("bfloat16"),
         "max_context_tokens": spec.max_context_tokens,
-        "path": path,
+        "weights": weights,
         "fits_in_memory": weight_bytes < memory_bytes,
     }
 
 
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
-    if "parameters" not in row:
-        return f"{row['name']:<16} {'':>29}   weights in {row['path']}"
-    if row["path"]:
-        state = f"weights in {row['path']}"
-    elif row["fits_in_memory"]:
-        state = "random weights only"
-    else:
-        state = "random weights only; larger than this machine's memory"
-    size = f"{row['parameters'] / 1e9:8.2f} B parameters {row['bf16_bytes'] / GIB:7.1f} GiB"
-    return f"{row['name']:<16} {size}   {state}"
+    here = row["weights"] or "random weights only"
+    if not row["fits_in_memory"]:
+        here += ", larger than the free memory"
+    size = f"{row['parameters'] / 1e9:>10.2f} B{row['bf16_bytes'] / GIB:>11.2f} GiB"
+    return f"{row['name']:<22}{size}{row['kv_bytes_per_token'] / 1024:>9.0f} KiB   {here}"
