@@ -99,4 +99,5 @@ def batch_shape_of(plan: BatchPlan, window: int | None = None) -> BatchShape:
 def _windowed_sum(n: npt.NDArray[np.int64], window: int) -> npt.NDArray[np.int64]:
     """Σ min(i, window) for i = 1 … n: the keys that the first n tokens of a sequence attend to."""
     inside = np.minimum(n, window)
-    return inside * (inside + 1) // 2 + (n - inside) * window
+    keys: npt.NDArray[np.int64] = inside * (inside + 1) // 2 + (n - inside) * window
+    return keys
