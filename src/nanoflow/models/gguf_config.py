@@ -136,7 +136,7 @@ class _Reader:
 
 
 def llama3_divisors(rope: RopeSpec, n_pairs: int) -> npt.NDArray[np.float64]:
-    """What Llama 3.1 divides each of the `n_pairs` frequencies by (config of meta-llama/Llama-3.1-8B, `rope_type: llama3`)."""
+    """What Llama 3.1 scaling divides each of the `n_pairs` frequencies by (see `RopeSpec`)."""
     wavelengths = 2 * np.pi * rope.theta ** (np.arange(n_pairs) / n_pairs)
     smooth = (rope.original_context_tokens / wavelengths - rope.low_freq_factor) / (
         rope.high_freq_factor - rope.low_freq_factor

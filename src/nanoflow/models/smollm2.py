@@ -29,7 +29,7 @@ _log = get_logger(__name__)
 
 
 def packaged_gguf() -> Path:
-    """The GGUF file inside the installed package, which is never imported. Raises `ModelLoadError` with how to get it."""
+    """The GGUF file inside the package, which is never imported. Raises `ModelLoadError` with how to install it."""
     found = importlib.util.find_spec(_PACKAGE)
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not files:
@@ -43,7 +43,7 @@ def cache_file() -> Path:
 
 
 def open_smollm2(gguf: Path) -> WeightSource:
-    """The weights from the cache, made from `gguf` first if need be; straight from `gguf` if the cache cannot be written."""
+    """The weights from the cache, made from `gguf` first if need be; from `gguf` itself if no cache can be written."""
     path = cache_file()
     cached = _open_cache(path, gguf)
     if cached is not None:

@@ -38,5 +38,5 @@ class Tokenizer(Protocol):
         chat_template: str | None = None,
         **template_args: Any,
     ) -> str:
-        """The prompt that the model's chat template makes of `messages`. Raises `InvalidRequestError` if it refuses them."""
+        """The prompt that the chat template makes of `messages`. Raises `InvalidRequestError` if it refuses them."""
         ...

@@ -1,4 +1,4 @@
-"""A tokenizer without a vocabulary, for random-weight models: bytes are their own ids, so that text requests still work."""
+"""A tokenizer without a vocabulary, for random-weight models: bytes are their own ids, so text requests still work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 from nanoflow.text.chat import ChatTemplate, render
 
-_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 class ByteTokenizer:
@@ -53,6 +56,6 @@ class ByteTokenizer:
         chat_template: str | None = None,
         **template_args: Any,
     ) -> str:
-        """`role: content` a line, unless `chat_template` says otherwise. Raises `InvalidRequestError` for bad messages."""
+        """`role: content` a line, or what `chat_template` says. Raises `InvalidRequestError` for bad messages."""
         template = ChatTemplate(chat_template) if chat_template else self._template
         return render(template, messages, {**template_args, "add_generation_prompt": add_generation_prompt})

@@ -1,7 +1,7 @@
 """Chat templates: the Jinja programs that come with models and turn messages into a prompt.
 
 Templates are programs by strangers, so they run in Jinja's immutable sandbox. Compiled ones are cached by their text.
-The names they may use are those that transformers gives them: `raise_exception`, `strftime_now`, `tojson`, loop controls.
+They may use the names that transformers gives them: `raise_exception`, `strftime_now`, `tojson`, loop controls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PARAM = "messages"
 
 
 class ChatTemplate:
-    """A chat template, compiled on first use. Raises `InvalidRequestError` (param `chat_template`) if it is no Jinja."""
+    """A chat template, compiled on first use. Rendering raises `InvalidRequestError` if it is no Jinja."""
 
     def __init__(self, source: str) -> None:
         self.source = source

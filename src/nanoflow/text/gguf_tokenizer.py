@@ -23,7 +23,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types of the GGUF
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], eos_ids: Sequence[int], origin: str) -> HfTokenizer:
-    """The tokenizer that the `tokenizer.*` metadata describes. Raises `ModelLoadError` for a kind that is not supported."""
+    """The tokenizer that the `tokenizer.*` metadata describes. Raises `ModelLoadError` for an unsupported kind."""
     kind = metadata.get("tokenizer.ggml.model")
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
     if not tokens:

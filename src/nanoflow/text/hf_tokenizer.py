@@ -104,7 +104,9 @@ def load_tokenizer_folder(path: Path, eos_ids: Sequence[int] = ()) -> HfTokenize
     file = path / "tokenizer.json" if path.is_dir() else path
     folder = file.parent
     if not file.is_file():
-        raise ModelLoadError(f"{file} is missing; download it, or name another tokenizer with --tokenizer.")
+        raise ModelLoadError(
+            f"{file} is missing; download it, or name another tokenizer with --tokenizer (`bytes` needs no file)."
+        )
     import tokenizers
 
     try:
@@ -182,11 +184,10 @@ def _byte_table(backend: Any, added: Mapping[int, str], byte_level: bool) -> lis
             table[token_id] = added[token_id].encode("utf-8")
         elif byte_level:
             table[token_id] = b"".join(of_char.get(char) or char.encode("utf-8") for char in token)
+        elif byte_token := _BYTE_TOKEN.fullmatch(token):
+            table[token_id] = bytes([int(byte_token[1], 16)])
         else:
-            byte_token = _BYTE_TOKEN.fullmatch(token)
-            table[token_id] = (
-                bytes([int(byte_token[1], 16)]) if byte_token else token.replace(_SPACE_MARK, " ").encode("utf-8")
-            )
+            table[token_id] = token.replace(_SPACE_MARK, " ").encode("utf-8")
     return table
 
 

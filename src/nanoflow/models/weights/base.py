@@ -1,8 +1,9 @@
 """What the loader needs of a place where weights lie, and the names and shapes it may ask for.
 
 Canonical names are those of Hugging Face checkpoints, with one tensor an expert:
-`model.layers.L.self_attn.q_proj.weight`, `model.layers.L.mlp.experts.E.gate_proj.weight`, `model.layers.L.mlp.gate.weight`
-(router). Each source maps its own names to these, so a rank can read its shard of any format by one call.
+`model.layers.L.self_attn.q_proj.weight`, `model.layers.L.mlp.experts.E.gate_proj.weight`, and for the router
+`model.layers.L.mlp.gate.weight`. Each source maps its own names to these, so a rank reads its shard of any format by
+one call.
 """
 
 from __future__ import annotations

@@ -40,13 +40,13 @@ class TensorFile:
     def read(self, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
         """`n_bytes` bytes from `offset`. Raises `ModelLoadError` if the file ends before."""
         out = np.empty(n_bytes, dtype=np.uint8)
-        view = memoryview(out)
+        view = out.data
         done = 0
         while done < n_bytes:
             count = os.preadv(self._file.fileno(), [view[done : done + (1 << 30)]], offset + done)
             if count == 0:
                 raise ModelLoadError(
-                    f"{self.path} ends at byte {self.n_bytes}, but a tensor lies at {offset}..{offset + n_bytes}; download it again."
+                    f"{self.path} has {self.n_bytes} bytes, but a tensor ends at {offset + n_bytes}; download it again."
                 )
             done += count
         return out
@@ -68,7 +68,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A canonical tensor: `shape` elements of a stored one, from its row `first_row` on (rows of all leading dimensions).
+    """A canonical tensor: `shape` elements of a stored one, from row `first_row` on (of all leading dimensions).
 
     `rotary_heads` > 0 marks a projection whose rows lie in the order of rotary pairs, head by head, and must be read
     in the half-split order of Hugging Face checkpoints.
