@@ -117,6 +117,7 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
         self._lanes: list[CpuLane] = []
         self._parts: tuple[Program, list[list[Launch]]] | None = None
+        self._energy_start_j = _package_energy_j() or 0.0
 
     def open_lanes(self, names_and_shares: Sequence[tuple[str, float]]) -> None:
         """Lanes with `share` of the threads each, at least one."""
@@ -161,15 +162,9 @@ class CpuDevice:
         return env.available_memory_bytes()
 
     def energy_j(self) -> float | None:
-        """Package energy by RAPL where the kernel lets this user read it (its counter wraps; short runs only)."""
-        total = 0
-        zones = [zone for zone in Path("/sys/class/powercap").glob("intel-rapl:*") if zone.name.count(":") == 1]
-        try:
-            for zone in zones:
-                total += int((zone / "energy_uj").read_text())
-        except (OSError, ValueError):
-            return None
-        return total / 1e6 if zones else None
+        """Package energy where the kernel lets this user read it (its counter wraps after some hours)."""
+        now = _package_energy_j()
+        return None if now is None else max(0.0, now - self._energy_start_j)
 
     def close(self) -> None:
         for lane in self._lanes:
@@ -186,3 +181,29 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def fast_matrix_dtypes() -> set[str]:
+    """Precisions that this processor multiplies matrices in at full rate, by its feature flags."""
+    flags: set[str] = set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                flags = set(line.split(":", 1)[1].split())
+                break
+    except OSError:
+        pass
+    fast = {"float32"}
+    if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        fast.add("bfloat16")
+    return fast
+
+
+def _package_energy_j() -> float | None:
+    """Sum of the RAPL package counters in joules (Linux powercap); None where there is none that this user may read."""
+    zones = [zone for zone in Path("/sys/class/powercap").glob("intel-rapl:*") if zone.name.count(":") == 1]
+    try:
+        microjoules = sum(int((zone / "energy_uj").read_text()) for zone in zones)
+    except (OSError, ValueError):
+        return None
+    return microjoules / 1e6 if zones else None

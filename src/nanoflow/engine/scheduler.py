@@ -52,6 +52,7 @@ class Scheduler:
         self.finished: dict[str, int] = {}
         self._ages: dict[Sequence, int] = {}
         self._next_age = 0
+        self._preempted_now = False  # who makes room by giving pages back does not admit in the same iteration
         self._free_penalty_rows: list[int] = []
         self._n_penalty_rows = 0
 
@@ -95,6 +96,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Form the next batch and count its tokens as computed; None if nothing can run now."""
         resets: list[PenaltyReset] = []
+        self._preempted_now = False
         decode = self._decode_slots()
         chunks = self._prefill_chunks(self.limits.dense_batch - len(decode), resets)
         if not len(decode) and not chunks:
@@ -140,7 +142,7 @@ class Scheduler:
         prefilling = self.table.slots_in(SlotState.PREFILL)
         for slot in prefilling[np.argsort(self.table.age[prefilling])].tolist():
             budget -= self._add_chunk(slot, budget, chunks, resets)
-        if budget > 0 and self.waiting:
+        if budget > 0 and self.waiting and not self._preempted_now:
             for slot in self._admit(budget):
                 budget -= self._add_chunk(slot, budget, chunks, resets)
         return chunks
@@ -201,7 +203,7 @@ class Scheduler:
         n_out = np.array([len(s.output_ids) for s in candidates], dtype=np.int32)
         new_held = np.array([len(s.prompt_array) for s in candidates], dtype=np.float64) + n_out + page
         max_out = np.array([s.request.max_tokens for s in candidates], dtype=np.int32)
-        fixed = np.array([s.request.params.ignore_eos and not s.request.params.stop for s in candidates], dtype=bool)
+        fixed = np.array([not s.request.params.stop and not self.stop_ids_of(s) for s in candidates], dtype=bool)
         new_remaining = self.lengths.remaining(n_out, max_out, fixed)
         capacity = float(self.limits.n_pages * page)
         return admissible(held.astype(np.float64), remaining, new_held, new_remaining, capacity)
@@ -230,6 +232,7 @@ class Scheduler:
     def _preempt(self, slot: int) -> None:
         """Take all pages from `slot`; it queues again, with the tokens it has, once nothing in flight mentions it."""
         self.preemptions += 1
+        self._preempted_now = True
         self._release(slot)
         self.table.state[slot] = SlotState.PREEMPTED
         self._settle(np.array([slot]))

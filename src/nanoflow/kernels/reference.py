@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanoflow.kernels import reference_attention, reference_sampling
 from nanoflow.kernels.base import AttentionPlan, ExpertWeights, LinearWeight
+from nanoflow.kernels.memory import lazy_zeros
 
 _WIDEN_ELEMENTS = 1 << 22
 """Weight elements widened to float32 at a time: 16 MiB."""
@@ -156,4 +157,6 @@ class ReferenceKernels:
 
     def allocate_kv(self, n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, n_layers: int) -> list[Tensor]:
         """Zeroed pages on torch's default device (use `torch.device(...)` as a context to choose another)."""
-        return [torch.zeros(n_pages, 2, n_kv_heads, page_tokens, head_dim, dtype=dtype) for _ in range(n_layers)]
+        shape = (n_pages, 2, n_kv_heads, page_tokens, head_dim)
+        on_cpu = torch.get_default_device().type == "cpu"
+        return [lazy_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype) for _ in range(n_layers)]

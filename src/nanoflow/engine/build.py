@@ -1,0 +1,92 @@
+"""The composition root: from a config to a running engine. Every part gets its collaborators here and nowhere else."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from nanoflow.analysis.report import RunReport
+from nanoflow.analysis.work import WorkCounter, iteration_work
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.log import get_logger
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.core.stats import WorkDone
+from nanoflow.device.base import Device
+from nanoflow.engine.core import EngineCore
+from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, open_device, resolve_dtype, resolve_sizes
+from nanoflow.engine.sampler import LogitsSampler
+from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
+from nanoflow.engine.submission import Submission
+from nanoflow.executor.executor import Executor
+from nanoflow.kernels.registry import create
+from nanoflow.models.decoder import Decoder
+from nanoflow.models.loading import load_weights
+from nanoflow.models.registry import resolve_model
+from nanoflow.pipeline.graph import layer_graph
+from nanoflow.pipeline.pipeline import Pipeline
+from nanoflow.profiling.machine import measure_rates
+from nanoflow.text.base import Tokenizer
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The parts that `LLM` and `AsyncLLM` drive."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    pipeline: Pipeline
+    device: Device
+    core: EngineCore
+    submission: Submission
+    kernels_name: str
+
+    def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
+        """What a run did against the bound of this machine (measured once, then cached)."""
+        rates = measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
+        return RunReport.of(elapsed_s, work, rates)
+
+
+def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
+    """Load the model and put the engine together.
+
+    Raises `ModelLoadError`, `ConfigError`, `PipelineError` or `DeviceMemoryError`, each saying what to change.
+    """
+    started = time.monotonic()
+    files = resolve_model(config.model.model, config.model.load_format)
+    spec, tokenizer = files.spec, files.load_tokenizer(config.model.tokenizer)
+    device = open_device(config)
+    graph = layer_graph(spec)
+    pipeline = choose_pipeline(config, graph)
+    config = resolve_dtype(config, spec, device)
+    dtype = TORCH_DTYPES[config.model.dtype]
+    kernels = create(config.device.kernels, device.kind, dtype)
+    config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
+    weights = load_weights(spec, files.open_weights(config.model.seed), kernels, dtype, device.torch_device, show_progress=show_progress)
+    config = resolve_sizes(config, spec, device, pipeline)
+    page = config.cache.page_tokens
+    assert config.cache.kv_memory_bytes and config.scheduler.max_running and config.model.max_model_len
+    n_pages = config.cache.kv_memory_bytes // (page * spec.kv_bytes_per_token(config.model.dtype))
+    with device.torch_device:
+        kv_layers = kernels.allocate_kv(n_pages, page, spec.n_kv_heads, spec.head_dim, dtype, spec.n_layers)
+    decoder = Decoder(spec, weights, kernels, kv_layers, n_positions=config.model.max_model_len)
+    eos_ids = tuple(dict.fromkeys([*spec.eos_ids, *tokenizer.eos_ids]))
+    scheduler = Scheduler(
+        SchedulerLimits(
+            dense_batch=pipeline.dense_batch,
+            max_running=config.scheduler.max_running,
+            max_model_len=config.model.max_model_len,
+            page_tokens=page,
+            n_pages=n_pages,
+            eos_ids=eos_ids,
+        )
+    )
+    sampler = LogitsSampler(kernels, spec.vocab_size, device.torch_device)
+    executor = Executor(pipeline, decoder, device, sampler, scheduler.table.n_slots, dtype)
+    work = WorkCounter(iteration_work(spec, config.model.dtype))
+    core = EngineCore(scheduler, executor, work, asynchronous=config.scheduler.asynchronous)
+    _log.info("ready in %.1f s: %s, %s kernels on %s", time.monotonic() - started, files.origin, kernels.name, device.name)
+    submission = Submission(spec, tokenizer, config.model.max_model_len, eos_ids)
+    return Engine(config, spec, tokenizer, pipeline, device, core, submission, kernels.name)

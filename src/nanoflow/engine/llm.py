@@ -1,0 +1,210 @@
+"""`LLM`: the offline Python API, in the shape that users of vLLM know. It drives the engine in the caller's thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from nanoflow.analysis.report import RunReport
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import ConfigError, EngineDeadError, InvalidRequestError
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.core.request import RequestOutput
+from nanoflow.core.sampling import SamplingParams
+from nanoflow.core.stats import EngineStats, WorkDone
+from nanoflow.engine.build import Engine, build_engine
+from nanoflow.engine.core import InFlightBatch
+from nanoflow.engine.outputs import request_output
+from nanoflow.engine.sequence import Sequence
+from nanoflow.engine.submission import Prompt
+from nanoflow.text.base import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model ready to generate.
+
+    `LLM("smollm2", dtype="float32").generate(["Hello"], SamplingParams(max_tokens=8))[0].outputs[0].text`
+
+    `options` are those of `EngineConfig.from_options`; docs/configuration.md lists them. Usable as a context manager.
+    """
+
+    def __init__(self, model: str, *, show_progress: bool = True, **options: Any) -> None:
+        config = EngineConfig.from_options(model=model, **options)
+        self._engine: Engine = build_engine(config, show_progress=show_progress)
+        self._lock = threading.Lock()
+        self._last_run: tuple[float, WorkDone] | None = None
+        self._dead: str | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    @property
+    def config(self) -> EngineConfig:
+        """The resolved configuration."""
+        return self._engine.config
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._engine.spec
+
+    @property
+    def last_report(self) -> RunReport:
+        """Throughput and percent of bound of the last `generate` or `chat` call."""
+        if self._last_run is None:
+            raise ConfigError("no run to report yet; call generate or chat first.")
+        return self._engine.report(*self._last_run)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of the engine so far."""
+        return self._engine.core.stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Message | SequenceOf[Prompt | Message],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, each a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`.
+
+        Results come in the order of the prompts. Raises `InvalidRequestError` before anything runs if one is wrong.
+        """
+        items = [_unpacked(item) for item in _as_list(prompts)]
+        params = _params_for(items, sampling_params)
+        with self._lock:
+            if self._dead is not None:
+                raise EngineDeadError(f"the engine has stopped: {self._dead}; make a new LLM.")
+            submission = self._engine.submission
+            requests = [
+                submission.sequences(submission.prompt_ids(item), choice) for item, choice in zip(items, params, strict=True)
+            ]
+            self._run([sequence for request in requests for sequence in request], use_tqdm=use_tqdm)
+        texts = [item if isinstance(item, str) else None for item in items]
+        return [request_output(text, request, self.tokenizer) for text, request in zip(texts, requests, strict=True)]
+
+    def chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or several (a list of such lists) by the model's chat template."""
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        rendered = [
+            self.tokenizer.render_chat(
+                conversation, add_generation_prompt=add_generation_prompt, chat_template=chat_template
+            )
+            for conversation in conversations
+        ]
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in rendered]
+        outputs = self.generate(ids, sampling_params, use_tqdm=use_tqdm)
+        for output, text in zip(outputs, rendered, strict=True):
+            output.prompt = text
+        return outputs
+
+    def shutdown(self) -> None:
+        """Stop the device's lanes. Idempotent; later calls of `generate` raise `EngineDeadError`."""
+        with self._lock:
+            if self._dead is None:
+                self._dead = "it was shut down"
+                self._engine.device.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown()
+
+    def _run(self, sequences: list[Sequence], *, use_tqdm: bool) -> None:
+        core = self._engine.core
+        before, started = core.stats().work, time.perf_counter()
+        for sequence in sequences:
+            core.add(sequence)
+        in_flight: InFlightBatch | None = None
+        progress = _Progress(core.stats, len(sequences), enabled=use_tqdm)
+        try:
+            while core.has_work or in_flight is not None:
+                in_flight = core.step(in_flight)
+                progress.update()
+        except KeyboardInterrupt:
+            self._drain(sequences, in_flight)
+            raise
+        except BaseException as error:
+            self._dead = f"{type(error).__name__}: {error}"
+            core.fail_all(self._dead)
+            raise
+        finally:
+            progress.close()
+        self._last_run = (time.perf_counter() - started, core.stats().work - before)
+
+    def _drain(self, sequences: list[Sequence], in_flight: InFlightBatch | None) -> None:
+        """After Ctrl-C: end every sequence and let the device finish, so that the next call starts clean."""
+        core = self._engine.core
+        for sequence in sequences:
+            core.abort(sequence)
+        while core.has_work or in_flight is not None:
+            in_flight = core.step(in_flight)
+
+
+class _Progress:
+    """A bar over finished requests with tokens per second beside it."""
+
+    def __init__(self, stats: Any, total: int, *, enabled: bool) -> None:
+        self._stats = stats
+        self._base: EngineStats = stats()
+        self._bar = tqdm(total=total, unit="req", disable=not enabled, dynamic_ncols=True)
+        self._started = time.perf_counter()
+        self._next = 0.0
+
+    def update(self) -> None:
+        now = time.perf_counter()
+        if self._bar.disable or now < self._next:
+            return
+        self._next = now + 0.2
+        stats: EngineStats = self._stats()
+        work = stats.work - self._base.work
+        rate = (work.prompt_tokens + work.output_tokens) / max(now - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        done = sum(stats.finished.values()) - sum(self._base.finished.values())
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._next = 0.0
+        self.update()
+        self._bar.close()
+
+
+def _as_list(prompts: Prompt | Message | SequenceOf[Prompt | Message]) -> list[Any]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    items = list(prompts)
+    return [items] if items and isinstance(items[0], int) else items
+
+
+def _unpacked(item: Any) -> Prompt:
+    if isinstance(item, Mapping):
+        for name in ("prompt_token_ids", "prompt"):
+            if name in item:
+                return item[name]  # type: ignore[no-any-return]
+        raise InvalidRequestError("a prompt given as a mapping needs 'prompt' or 'prompt_token_ids'.", "prompt")
+    return item  # type: ignore[no-any-return]
+
+
+def _params_for(items: list[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(items)
+    if len(params) != len(items):
+        raise InvalidRequestError(f"{len(items)} prompts but {len(params)} sampling parameters; give one for each, or one for all.")
+    return list(params)

@@ -1,0 +1,98 @@
+"""Decides what the user left open: each choice is made once, written into a new config, and logged with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import ConfigError, DeviceMemoryError
+from nanoflow.core.log import get_logger
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.device.base import Device
+from nanoflow.device.cpu import CpuDevice, fast_matrix_dtypes
+from nanoflow.kernels.registry import available
+from nanoflow.pipeline.baselines import sequential
+from nanoflow.pipeline.graph import LayerGraph
+from nanoflow.pipeline.pipeline import Pipeline
+
+_log = get_logger(__name__)
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_DENSE_BATCH = 512
+CPU_MAX_RUNNING = 256
+CPU_KV_FRACTION = 0.4
+
+
+def open_device(config: EngineConfig) -> Device:
+    """The device that `config.device` asks for. Raises `ConfigError` if this build cannot run there."""
+    if config.device.device == "cuda":
+        raise ConfigError("device 'cuda' is not supported by this version yet; use device 'cpu' (or leave it at 'auto').")
+    return CpuDevice(config.device.threads)
+
+
+def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: Device) -> EngineConfig:
+    """Settle `dtype`: the model's own where this processor multiplies it natively, else float32."""
+    if config.model.dtype != "auto":
+        return config
+    native = fast_matrix_dtypes()
+    usable = {name for name in native if available(device.kind, TORCH_DTYPES[name])[0][1] is None}
+    dtype = spec.dtype if spec.dtype in usable else "bfloat16" if "bfloat16" in usable else "float32"
+    _log.info("dtype: %s (fast on this processor: %s)", dtype, ", ".join(sorted(native)))
+    return config.with_options("model", dtype=dtype)
+
+
+def resolve_sizes(config: EngineConfig, spec: ModelSpec, device: Device, pipeline: Pipeline) -> EngineConfig:
+    """Settle batch, context and KV memory, once the weights are in place.
+
+    Raises `DeviceMemoryError` if the KV cache cannot hold one request of the longest context asked for.
+    """
+    dense_batch = pipeline.dense_batch
+    max_running = min(config.scheduler.max_running or CPU_MAX_RUNNING, dense_batch)
+    if config.scheduler.max_running is not None and max_running < config.scheduler.max_running:
+        _log.warning("max_running: %d, since each running request needs a row of the dense batch", max_running)
+    page = config.cache.page_tokens
+    page_bytes = page * spec.kv_bytes_per_token(config.model.dtype)
+    wanted_len = config.model.max_model_len or spec.max_context_tokens
+    if wanted_len > spec.max_context_tokens:
+        raise ConfigError(
+            f"max_model_len is {wanted_len}, but {spec.name} was made for {spec.max_context_tokens} tokens; lower it."
+        )
+    budget = config.cache.kv_memory_bytes
+    free = device.free_memory_bytes()
+    if budget is None:
+        budget = int(free * (config.cache.kv_memory_fraction or CPU_KV_FRACTION))
+    elif budget > free:
+        raise DeviceMemoryError(f"kv_memory_bytes is {budget}, but only {free} bytes are free; lower it.")
+    useful_pages = max_running * -(-wanted_len // page)
+    n_pages = min(budget // page_bytes, useful_pages)
+    max_model_len = min(wanted_len, n_pages * page)
+    if max_model_len < (config.model.max_model_len or min(wanted_len, 2 * page)):
+        raise DeviceMemoryError(
+            f"KV memory of {budget} bytes holds {n_pages * page} tokens, fewer than one request of {wanted_len}; "
+            "raise kv_memory_bytes or kv_memory_fraction, or lower max_model_len."
+        )
+    _log.info(
+        "dense_batch: %d, max_running: %d, max_model_len: %d, KV cache: %d pages of %d tokens (%.2f GiB of %.2f GiB free)",
+        dense_batch, max_running, max_model_len, n_pages, page, n_pages * page_bytes / 2**30, free / 2**30,
+    )  # fmt: skip
+    config = config.with_options("scheduler", dense_batch=dense_batch, max_running=max_running)
+    config = config.with_options("cache", kv_memory_bytes=n_pages * page_bytes)
+    return config.with_options("model", max_model_len=max_model_len)
+
+
+def choose_pipeline(config: EngineConfig, graph: LayerGraph) -> Pipeline:
+    """The pipeline that `config.pipeline` names: a baseline or a file. Raises `PipelineError` or `ConfigError`."""
+    if config.pipeline in ("auto", "sequential"):
+        pipeline = sequential(graph, config.scheduler.dense_batch or CPU_DENSE_BATCH)
+    else:
+        pipeline = Pipeline.load(Path(config.pipeline))
+        asked = config.scheduler.dense_batch
+        if asked is not None and asked != pipeline.dense_batch:
+            raise ConfigError(
+                f"dense_batch is {asked}, but pipeline {config.pipeline} is made for {pipeline.dense_batch}; drop one of them."
+            )
+    pipeline.validate(graph)
+    _log.info("pipeline: %s, %d nano-operations a layer on %d lanes", pipeline.name, len(pipeline.nano_ops), len(pipeline.lanes))
+    return pipeline
