@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nanoflow.core import config
+from nanoflow.server.config import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "nanoflow"
@@ -150,15 +151,22 @@ def test_named_source_files_exist(path: Path) -> None:
     assert not missing, f"{_name(path)} names files that do not exist: {missing}"
 
 
+CONFIGS = (
+    *(config.ModelConfig, config.CacheConfig, config.SchedulerConfig, config.DeviceConfig, config.EngineConfig),
+    ServerConfig,
+)
+
+
 def _option_rows() -> list[str]:
     """The rows that docs/configuration.md must hold, one an option, made from the dataclasses."""
-    kinds = (config.ModelConfig, config.CacheConfig, config.SchedulerConfig, config.DeviceConfig, config.EngineConfig)
-    rows = []
-    for item in (item for kind in kinds for item in dataclasses.fields(kind) if "help" in item.metadata):
-        default = "chosen" if item.default is None else f"`{item.default}`"
-        default = "required" if item.default is dataclasses.MISSING else default
-        rows.append(f"| `{item.name}` | {default} | {item.metadata['help']} |")
-    return rows
+    return [_row(item) for kind in CONFIGS for item in dataclasses.fields(kind) if "help" in item.metadata]
+
+
+def _row(item: dataclasses.Field[object]) -> str:
+    default = "chosen" if item.default is None else f"`{item.default}`"
+    if item.default is dataclasses.MISSING:
+        default = "required" if item.default_factory is dataclasses.MISSING else "none"
+    return f"| `{item.name}` | {default} | {item.metadata['help']} |"
 
 
 @pytest.mark.parametrize("row", _option_rows(), ids=lambda row: row.split("`")[1])

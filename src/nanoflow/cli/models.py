@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     memory_bytes = env.available_memory_bytes()
     rows = [describe(spec, weights_of(name), memory_bytes) for name, spec in PRESETS.items()]
-    cached = [{"cached_file": str(entry.path), "bytes": entry.n_bytes} for entry in list_cached()]
+    cached: list[dict[str, Any]] = [{"cached_file": str(entry.path), "bytes": entry.n_bytes} for entry in list_cached()]
     if args.json:
         for row in [*rows, *cached]:
             print(json.dumps(row))
