@@ -21,7 +21,7 @@ from nanoflow.executor.executor import Executor
 from nanoflow.kernels.registry import create
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.loading import load_weights
-from nanoflow.models.registry import resolve_model
+from nanoflow.models.registry import load_tokenizer, resolve_model
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.profiling.machine import measure_rates
@@ -55,8 +55,9 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     Raises `ModelLoadError`, `ConfigError`, `PipelineError` or `DeviceMemoryError`, each saying what to change.
     """
     started = time.monotonic()
-    files = resolve_model(config.model.model, config.model.load_format)
-    spec, tokenizer = files.spec, files.load_tokenizer(config.model.tokenizer)
+    files = resolve_model(config.model.model, config.model.load_format, seed=config.model.seed)
+    spec, other = files.spec, config.model.tokenizer
+    tokenizer = files.load_tokenizer() if other is None else load_tokenizer(other, spec.eos_ids)
     device = open_device(config)
     graph = layer_graph(spec)
     pipeline = choose_pipeline(config, graph)
@@ -64,7 +65,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     dtype = TORCH_DTYPES[config.model.dtype]
     kernels = create(config.device.kernels, device.kind, dtype)
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
-    weights = load_weights(spec, files.open_weights(config.model.seed), kernels, dtype, device.torch_device, show_progress=show_progress)
+    weights = load_weights(spec, files.open_weights(), kernels, dtype, device.torch_device, show_progress=show_progress)
     config = resolve_sizes(config, spec, device, pipeline)
     page = config.cache.page_tokens
     assert config.cache.kv_memory_bytes and config.scheduler.max_running and config.model.max_model_len
