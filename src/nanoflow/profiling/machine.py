@@ -174,8 +174,8 @@ def _wall_clock(run: Callable[[], object]) -> float:
 
 def _cuda_clock(run: Callable[[], object]) -> float:
     """Mean of a row of launches between two events, so that launch gaps do not count."""
-    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start = torch.cuda.Event(enable_timing=True)
+    stop = torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(CUDA_LAUNCHES):
         run()
