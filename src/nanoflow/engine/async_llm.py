@@ -17,12 +17,12 @@ from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import EngineDeadError, QueueFullError
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
-from nanoflow.core.request import CompletionOutput, OutputDelta, RequestOutput
+from nanoflow.core.request import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.core.stats import EngineStats
 from nanoflow.engine.build import Engine, build_engine
 from nanoflow.engine.core import InFlightBatch
-from nanoflow.engine.outputs import ends_with_hidden_stop_id, labelled, labelled_all
+from nanoflow.engine.outputs import ends_with_hidden_stop_id, labelled, labelled_all, request_metrics
 from nanoflow.engine.sequence import Sequence, TokenEvent
 from nanoflow.engine.submission import Prompt
 from nanoflow.engine.text_stream import TextStream
@@ -59,6 +59,10 @@ class RequestStream:
     def abort(self) -> None:
         """Stop all choices and free their pages. Idempotent."""
         self._engine.abort(self._sequences)
+
+    def metrics(self) -> RequestMetrics:
+        """When the request arrived, showed its first token, and ended (as far as it has)."""
+        return request_metrics(self._sequences)
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -183,6 +187,7 @@ class AsyncLLM:
         except asyncio.CancelledError:
             stream.abort()
             raise
+        output.metrics = stream.metrics()
         return output
 
     def abort(self, sequences: SequenceOf[Sequence]) -> None:

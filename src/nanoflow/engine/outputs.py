@@ -14,8 +14,6 @@ from nanoflow.text.base import Tokenizer
 def request_output(prompt: str | None, choices: SequenceOf[Sequence], tokenizer: Tokenizer) -> RequestOutput:
     """The answer to one prompt, of which every choice has ended."""
     first = choices[0]
-    firsts = [choice.first_token_s for choice in choices if choice.first_token_s is not None]
-    ends = [choice.finished_s for choice in choices if choice.finished_s is not None]
     return RequestOutput(
         request_id=first.request.request_id,
         prompt=prompt,
@@ -23,8 +21,15 @@ def request_output(prompt: str | None, choices: SequenceOf[Sequence], tokenizer:
         outputs=[completion_output(choice, tokenizer) for choice in choices],
         finished=True,
         prompt_logprobs=labelled_all(first.prompt_logprobs, tokenizer),
-        metrics=RequestMetrics(first.request.arrival_s, min(firsts, default=None), max(ends, default=None)),
+        metrics=request_metrics(choices),
     )
+
+
+def request_metrics(choices: SequenceOf[Sequence]) -> RequestMetrics:
+    """Times of a request over its choices: the first token of any, the end of the last."""
+    firsts = [choice.first_token_s for choice in choices if choice.first_token_s is not None]
+    ends = [choice.finished_s for choice in choices if choice.finished_s is not None]
+    return RequestMetrics(choices[0].request.arrival_s, min(firsts, default=None), max(ends, default=None))
 
 
 def completion_output(sequence: Sequence, tokenizer: Tokenizer) -> CompletionOutput:

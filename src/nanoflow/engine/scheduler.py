@@ -8,6 +8,7 @@ is scheduled: a request that turns out to have ended has its one extra token dro
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -115,6 +116,7 @@ class Scheduler:
         table = self.table
         table.in_flight[batch.slots] -= 1
         self._take_prompt_scores(batch, result)
+        self._note_first_tokens(batch)
         events = self._extend(batch, result)
         self._settle(batch.slots)
         return events
@@ -335,6 +337,14 @@ class Scheduler:
             self.table.state[slot] = SlotState.DRAINING
         else:
             self._leave(slot)
+
+    def _note_first_tokens(self, batch: ScheduledBatch) -> None:
+        """Rows after the decoding ones finished a prompt: the time of their first token is now."""
+        now = time.monotonic()
+        for slot in batch.sample_slots[batch.plan.n_decode :].tolist():
+            sequence = self.table.sequences[slot]
+            if sequence is not None and sequence.first_token_s is None:
+                sequence.first_token_s = now
 
     def _take_prompt_scores(self, batch: ScheduledBatch, result: BatchResult) -> None:
         row = 0
