@@ -1,0 +1,139 @@
+"""The request bodies: OpenAI's fields, vLLM's extras, what is ignored and what is refused. Types are strict.
+
+Fields typed `Any` hold several JSON types; `parsing.py` checks those by hand, which stops at the first fault where a
+pydantic union would list one fault per element of a million.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class StrictModel(BaseModel):
+    """No unknown field, no conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class StreamOptions(StrictModel):
+    """`include_usage` adds a last chunk with token counts; `include_obfuscation` is accepted and has no effect."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class IgnoredFields(StrictModel):
+    """Fields that clients send and that change nothing about the text: accepted, not used."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prediction: Any = None
+    parallel_tool_calls: Any = None
+
+
+class GenerationFields(IgnoredFields):
+    """What chat and plain completions share. `None` means the default."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Any = None
+    seed: int | None = None
+    stop: Any = None
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: Any = None
+    response_format: Any = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Any = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    cache_salt: Any = None
+
+
+class ChatRequest(GenerationFields):
+    """Body of `/v1/chat/completions`."""
+
+    messages: Any
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+
+
+class CompletionRequest(GenerationFields):
+    """Body of `/v1/completions`. `logprobs` counts the alternatives a token."""
+
+    prompt: Any
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: Any = None
+
+
+class ChatMessage(StrictModel):
+    """One message. The last row of fields is what clients send back from an answer they got."""
+
+    role: str
+    content: Any = None
+    name: str | None = None
+    refusal: Any = None
+    annotations: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    function_call: Any = None
+    audio: Any = None
+
+
+class TextPart(StrictModel):
+    """A part of a message's content; only text is understood."""
+
+    type: str
+    text: str
+
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), "Tool calls are not supported; leave tools out."),
+    "tool_choice": (("none", "auto"), "Tool calls are not supported; leave tool_choice out."),
+    "functions": (([],), "Function calls are not supported; leave functions out."),
+    "function_call": (("none", "auto"), "Function calls are not supported; leave function_call out."),
+    "modalities": ((["text"],), 'Only text is produced; leave modalities out or send ["text"].'),
+    "audio": ((), "Audio is not supported; leave audio out."),
+    "web_search_options": ((), "Web search is not supported; leave web_search_options out."),
+    "suffix": (("",), "Insertion before a suffix is not supported; leave suffix out."),
+    "response_format": (
+        ({"type": "text"},),
+        'Structured output is not supported; leave response_format out or send {"type": "text"}.',
+    ),
+    "reasoning_effort": ((), "reasoning_effort has no meaning for this model; leave it out."),
+    "verbosity": (("medium",), "verbosity has no meaning for this model; leave it out."),
+    "cache_salt": ((), "cache_salt is not supported; leave it out."),
+    "tool_calls": (([],), "Messages with tool calls are not supported; send their text only."),
+    "tool_call_id": ((), "Tool results are not supported; send them as the text of a user message."),
+}
+"""Field → the values that change nothing (and are let through besides null), and the sentence for all others."""
