@@ -73,7 +73,7 @@ def spec_from_hf_config(
     n_layers = _count(config, "num_hidden_layers", name)
     n_heads = _count(config, "num_attention_heads", name)
     n_kv_heads = _count(config, "num_key_value_heads", name) if config.get("num_key_value_heads") else n_heads
-    head_dim = config.get("head_dim") or d_model // n_heads
+    head_dim = config.get("head_dim", 128 if architecture == "Qwen3ForCausalLM" else None) or d_model // n_heads
     if n_heads % n_kv_heads:
         raise ModelLoadError(
             f"{name}: num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}."

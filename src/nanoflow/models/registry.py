@@ -109,8 +109,9 @@ def _from_preset(spec: ModelSpec, load_format: str, seed: int) -> ModelFiles:
 
 def _from_folder(folder: Path, load_format: str, seed: int) -> ModelFiles:
     gguf_files = sorted(folder.glob("*.gguf"))
+    only_gguf = bool(gguf_files) and not any(folder.glob("*.safetensors"))
     has_config = (folder / "config.json").is_file()
-    if load_format == "gguf" or (not has_config and load_format != "safetensors"):
+    if load_format == "gguf" or not has_config or (only_gguf and load_format == "auto"):
         if len(gguf_files) == 1:
             return _from_file(gguf_files[0], load_format, seed)
         if gguf_files:

@@ -168,9 +168,8 @@ def _decoder_types(backend: Any, origin: str) -> set[str]:
     decoder = json.loads(backend.to_str()).get("decoder") or {}
     types = {part.get("type", "") for part in decoder.get("decoders", [decoder])}
     if not types & {"ByteLevel", "ByteFallback", "Metaspace"}:
-        raise ModelLoadError(
-            f"{origin} decodes by {', '.join(sorted(types)) or 'nothing'}; supported: ByteLevel, ByteFallback, Metaspace."
-        )
+        found = ", ".join(sorted(types)) or "nothing"
+        raise ModelLoadError(f"{origin} decodes by {found}; supported: ByteLevel, ByteFallback, Metaspace.")
     return types
 
 

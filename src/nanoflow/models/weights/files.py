@@ -140,6 +140,8 @@ def _read_rows(part: TensorPart, start: int, stop: int) -> Tensor:
     n_rows = max(0, stop - start)
     offset = stored.offset + (part.first_row + start) * row_bytes
     dtype = PLAIN_DTYPES.get(stored.encoding)
+    if n_rows == 0:
+        return torch.empty(0, width, dtype=dtype or torch.float32)
     if dtype is not None:
         return torch.from_numpy(stored.file.read(offset, n_rows * row_bytes)).view(dtype).view(n_rows, width)
     out = torch.empty(n_rows, width, dtype=torch.float32)
