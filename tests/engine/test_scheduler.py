@@ -147,6 +147,10 @@ def test_wrong_prediction_is_mended_by_preemption(asynchronous: bool) -> None:
     assert core.scheduler.preemptions > 0
     for sequence, prompt in zip(sequences, prompts, strict=True):
         assert sequence.output_ids == expected_output(prompt, 200, VOCAB, ignore_eos=True)
+    work = core.stats().work
+    assert work.prompt_tokens == sum(map(len, prompts))
+    assert work.output_tokens == 200 * len(prompts)
+    assert work.recomputed_tokens > 0
     check_empty(core)
 
 

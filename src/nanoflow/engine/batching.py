@@ -148,7 +148,7 @@ def _prompt_logprobs(
         assert sequence is not None
         if sequence.prompt_logprobs is None:
             continue
-        first = max(chunk.start, sequence.computed_before)
+        first = max(chunk.start, sequence.n_scored)
         stop = min(chunk.start + chunk.count, len(sequence.prompt_array) - 1)
         if stop <= first:
             continue
@@ -156,7 +156,7 @@ def _prompt_logprobs(
         rows.append(np.arange(origin + first, origin + stop, dtype=np.int32))
         targets.append(sequence.prompt_array[first + 1 : stop + 1])
         tops.append(np.full(stop - first, sequence.request.params.prompt_logprobs, dtype=np.int32))
-        sequence.computed_before = stop
+        sequence.n_scored = stop
         scored.append((sequence, stop - first))
     if not rows:
         return None, ()

@@ -50,8 +50,6 @@ class EngineCore:
         self._added: deque[Sequence] = deque()
         self._aborted: deque[Sequence] = deque()
         self._events: list[TokenEvent] = []
-        self._prompt_tokens = 0
-        self._output_tokens = 0
         self._batch_tokens = 0
         self._busy_s = 0.0
         self._busy_since: float | None = None
@@ -110,8 +108,8 @@ class EngineCore:
             preemptions=scheduler.preemptions,
             finished=dict(scheduler.finished),
             work=self._work.done(
-                prompt_tokens=self._prompt_tokens,
-                output_tokens=self._output_tokens,
+                prompt_tokens=scheduler.prompt_tokens,
+                output_tokens=scheduler.output_tokens,
                 recomputed_tokens=scheduler.recomputed_tokens,
             ),
             busy_s=self._busy_s + (0.0 if self._busy_since is None else time.monotonic() - self._busy_since),
@@ -121,12 +119,10 @@ class EngineCore:
         pending = self._launcher.launch(scheduled.plan)
         self._work.add(scheduled.plan)
         self._batch_tokens = scheduled.plan.n_tokens
-        self._prompt_tokens += scheduled.plan.n_tokens - scheduled.plan.n_decode
         return InFlightBatch(scheduled, pending)
 
     def _retire(self, batch: InFlightBatch) -> None:
         result = batch.pending.result()
-        self._output_tokens += len(result.tokens)
         self._events += self.scheduler.retire(batch.scheduled, result)
 
     def _take_commands(self) -> None:

@@ -49,7 +49,9 @@ class Scheduler:
         self.lengths = DecodeLengths()
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
-        self.recomputed_tokens = 0
+        self.prompt_tokens = 0  # appended to the KV cache for the first time
+        self.recomputed_tokens = 0  # appended again after a preemption
+        self.output_tokens = 0
         self.finished: dict[str, int] = {}
         self._ages: dict[Sequence, int] = {}
         self._next_age = 0
@@ -162,11 +164,19 @@ class Scheduler:
         if needed > 0:
             table.pages[slot, held : held + needed] = self.allocator.allocate(needed)
             table.n_pages[slot] += needed
+        self._count_prefill(slot, start, start + count)
         last = start + count == int(table.target[slot])
         if last:
             self._prepare_sampling(slot, resets)
         chunks.append(Chunk(slot, start, count, last))
         return count
+
+    def _count_prefill(self, slot: int, start: int, stop: int) -> None:
+        sequence = self.table.sequences[slot]
+        assert sequence is not None
+        again = max(0, min(stop, sequence.n_computed) - start)
+        self.recomputed_tokens += again
+        self.prompt_tokens += max(0, min(stop, len(sequence.prompt_array)) - start - again)
 
     def _prepare_sampling(self, slot: int, resets: list[PenaltyReset]) -> None:
         sequence = self.table.sequences[slot]
@@ -215,8 +225,6 @@ class Scheduler:
         if age is None:
             age = self._ages[sequence] = self._next_age
             self._next_age += 1
-        else:
-            self.recomputed_tokens += len(sequence.prompt_array) + len(sequence.output_ids)
         return self.table.admit(sequence, age, self.stop_ids_of(sequence))
 
     def stop_ids_of(self, sequence: Sequence) -> tuple[int, ...]:
@@ -235,6 +243,9 @@ class Scheduler:
         """Take all pages from `slot`; it queues again, with the tokens it has, once nothing in flight mentions it."""
         self.preemptions += 1
         self._preempted_now = True
+        sequence = self.table.sequences[slot]
+        assert sequence is not None
+        sequence.n_computed = max(sequence.n_computed, int(self.table.computed[slot]))
         self._release(slot)
         self.table.state[slot] = SlotState.PREEMPTED
         self._settle(np.array([slot]))
@@ -282,6 +293,7 @@ class Scheduler:
         rows = np.flatnonzero((states == SlotState.DECODE) | (states == SlotState.PREEMPTED))
         slots = batch.sample_slots[rows]
         tokens = result.tokens[rows]
+        self.output_tokens += len(rows)
         table.n_out[slots] += 1
         n_out = table.n_out[slots]
         stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1) & (n_out > table.min_out[slots])

@@ -63,7 +63,8 @@ class Sequence:
         self.finished_s: float | None = None
         self.slot: int | None = None
         self.abort_requested = False
-        self.computed_before = 0
+        self.n_scored = 0  # prompt positions whose log-probability is on its way or here
+        self.n_computed = 0  # tokens whose KV was computed before the last preemption
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
