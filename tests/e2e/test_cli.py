@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -42,7 +45,7 @@ def test_a_file_of_prompts_and_stdin(tmp_path: Path) -> None:
         {"id": "ids", "prompt_token_ids": [504, 3575, 282], "ignore_eos": True, "max_tokens": 5, "n": 2},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = ("--max-tokens", "12", "--temperature", "0", "--json")
+    options = ("--max-tokens", "12", "--temperature", "0", "--json", "--dtype", "float32")
     done = run("generate", "smollm2", "--prompts", str(path), "--prompt", "-", *options, stdin=FRANCE + "\n")
     assert done.returncode == 0, done.stderr
     typed, chat, raw, ids_0, ids_1 = [json.loads(line) for line in done.stdout.splitlines()]
@@ -56,9 +59,35 @@ def test_a_file_of_prompts_and_stdin(tmp_path: Path) -> None:
 
 
 def test_a_piped_chat_remembers() -> None:
-    done = run("chat", "smollm2", "--temperature", "0", "--max-tokens", "24", stdin=f"{FRANCE}\n/quit\n")
+    options = ("--temperature", "0", "--max-tokens", "24", "--dtype", "float32")
+    done = run("chat", "smollm2", *options, stdin=f"{FRANCE}\nRepeat that.\n/quit\nnever read\n")
     assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout
+    first, second = done.stdout.splitlines()
+    assert "Paris" in first
+    assert "Paris" in second, "the second answer needs the first"
+
+
+def test_serve_answers_and_drains() -> None:
+    """From the log line that names the port to a clean exit on SIGTERM."""
+    command = [sys.executable, "-m", "nanoflow.cli.main", "serve", "smollm2", "--port", "0", "--dtype", "float32"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENV) as server:
+        assert server.stderr is not None
+        try:
+            said = []
+            for line in server.stderr:
+                said.append(line)
+                if found := re.search(r"http://[\d.:]+", line):
+                    break
+            assert found, "".join(said)
+            body = {"model": "smollm2", "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+            request = urllib.request.Request(f"{found[0]}/v1/completions", json.dumps(body).encode())
+            request.add_header("Content-Type", "application/json")
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                assert "Paris" in json.load(reply)["choices"][0]["text"]
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
+        finally:
+            server.kill()
 
 
 def test_an_unknown_model_is_a_sentence() -> None:

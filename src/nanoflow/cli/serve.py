@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from nanoflow.cli import options
 from nanoflow.core.config import EngineConfig
@@ -22,7 +23,12 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, then drain."""
     config = EngineConfig.from_options(**options.engine_options(args))
     server_config = ServerConfig(**options.chosen(args, ServerConfig))
+    from nanoflow.engine.async_llm import AsyncLLM
     from nanoflow.server.run import serve
 
-    serve(config, server_config)
+    engine = AsyncLLM.from_config(config, show_progress=sys.stderr.isatty())
+    try:
+        serve(engine, server_config)
+    finally:
+        engine.close()
     return 0
