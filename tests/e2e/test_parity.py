@@ -1,4 +1,4 @@
-"""Our logits against transformers', for a tiny random model of every architecture: whole and chunked, batched and alone."""
+"""Our logits against transformers', for a tiny model of every architecture: whole and chunked, batched and alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-scaled": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "smollm2-tied": ("Llama", {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 96}),
+    "smollm2-tied": (
+        "Llama",
+        {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 96},
+    ),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral-window": ("Mistral", {"sliding_window": 9}),
     "qwen2": ("Qwen2", {}),

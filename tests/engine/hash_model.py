@@ -24,7 +24,9 @@ def next_token(tokens: np.ndarray, vocab: int) -> int:
     return zlib.crc32(np.ascontiguousarray(tokens, dtype=np.int32).tobytes()) % vocab
 
 
-def expected_output(prompt: list[int], max_tokens: int, vocab: int, *, ignore_eos: bool, min_tokens: int = 0) -> list[int]:
+def expected_output(
+    prompt: list[int], max_tokens: int, vocab: int, *, ignore_eos: bool, min_tokens: int = 0
+) -> list[int]:
     """What a request must produce, alone in the world (`min_tokens` is not enforced by this model)."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < max_tokens:
@@ -34,7 +36,9 @@ def expected_output(prompt: list[int], max_tokens: int, vocab: int, *, ignore_eo
     return tokens[len(prompt) :]
 
 
-def make_sequence(name: str, prompt: list[int], max_tokens: int, *, ignore_eos: bool = False, streaming: bool = False) -> Sequence:
+def make_sequence(
+    name: str, prompt: list[int], max_tokens: int, *, ignore_eos: bool = False, streaming: bool = False
+) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
     return Sequence(Request(name, tuple(prompt), params, max_tokens, seed=0), streaming=streaming)
 
@@ -73,7 +77,9 @@ class HashModel:
         assert row == plan.query_start[request + 1] - 1, "only a request's last token samples"
         positions = np.arange(plan.context_len[request])
         page = self.limits.page_tokens
-        return next_token(self.memory[plan.page_table[request, positions // page] * page + positions % page], self.vocab)
+        return next_token(
+            self.memory[plan.page_table[request, positions // page] * page + positions % page], self.vocab
+        )
 
     def _check(self, plan: BatchPlan) -> None:
         page = self.limits.page_tokens

@@ -1,4 +1,4 @@
-"""Properties of scheduling: no page leaked or shared, no request starved, lost or changed, dense batch never exceeded."""
+"""Properties of scheduling: no page leaked or shared, no request starved or changed, dense batch never exceeded."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_abort_at_any_time_frees_everything_and_spares_the_others(
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_wrong_prediction_is_mended_by_preemption(asynchronous: bool) -> None:
-    limits = SchedulerLimits(dense_batch=64, max_running=16, max_model_len=600, page_tokens=16, n_pages=60, eos_ids=(EOS,))
+    limits = SchedulerLimits(
+        dense_batch=64, max_running=16, max_model_len=600, page_tokens=16, n_pages=60, eos_ids=(EOS,)
+    )
     core, _ = make_core(limits, asynchronous=asynchronous)
     core.scheduler.lengths._sum = 10.0  # the engine believes that answers are about one token long
     prompts = [[1 + (n + k) % (VOCAB - 1) for k in range(20)] for n in range(16)]
@@ -177,7 +179,9 @@ def test_known_lengths_are_admitted_without_preemption() -> None:
 
 def test_asynchronous_drops_one_token_and_no_more() -> None:
     for asynchronous in (True, False):
-        limits = SchedulerLimits(dense_batch=32, max_running=8, max_model_len=200, page_tokens=16, n_pages=100, eos_ids=(EOS,))
+        limits = SchedulerLimits(
+            dense_batch=32, max_running=8, max_model_len=200, page_tokens=16, n_pages=100, eos_ids=(EOS,)
+        )
         core, model = make_core(limits, asynchronous=asynchronous)
         sequences = [make_sequence(str(n), [3 + n], 150) for n in range(8)]
         for sequence in sequences:

@@ -49,7 +49,8 @@ class SamplingPlan:
     """How each of S sequences chooses its token.
 
     `keys` is the 64-bit random key of (request seed, number of tokens generated): equal keys and logits give equal
-    tokens on every device. `n_logprobs` is -1 where none are wanted; `any_logprobs` tells whether any row wants some. `bias_*` add to single logits (`-inf` forbids).
+    tokens on every device. `n_logprobs` is -1 where none are wanted; `any_logprobs` tells whether any row wants some.
+    `bias_*` add to single logits (`-inf` forbids).
     """
 
     token_rows: Int32Array

@@ -122,9 +122,7 @@ class CpuDevice:
     def open_lanes(self, names_and_shares: Sequence[tuple[str, float]]) -> None:
         """Lanes with `share` of the threads each, at least one."""
         self.close()
-        self._lanes = [
-            CpuLane(name, share, max(1, round(share * self.threads))) for name, share in names_and_shares
-        ]
+        self._lanes = [CpuLane(name, share, max(1, round(share * self.threads))) for name, share in names_and_shares]
         self._parts = None
 
     def start(self, program: Program, states: Sequence[Any], issue: Issue) -> CpuRun:

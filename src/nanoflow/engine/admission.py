@@ -34,7 +34,9 @@ class DecodeLengths:
         self._sum += n_out
         self._count += 1.0
 
-    def remaining(self, n_out: Int32Array, max_out: Int32Array, fixed_length: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    def remaining(
+        self, n_out: Int32Array, max_out: Int32Array, fixed_length: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64]:
         """Expected further tokens of requests that have `n_out`; exact where the length is fixed.
 
         A request past the mean is taken to need a quarter of the mean still, since it does run on.

@@ -86,7 +86,11 @@ class RequestStream:
         last = events[-1]
         if last.finish_reason is not None:
             self._open -= 1
-            delta.finish_reason, delta.stop_reason, delta.error = last.finish_reason, sequence.stop_reason, sequence.error
+            delta.finish_reason, delta.stop_reason, delta.error = (
+                last.finish_reason,
+                sequence.stop_reason,
+                sequence.error,
+            )
         delta.text = self._text_of(sequence, events, delta.token_ids)
         if sequence.logprobs is not None:
             tokenizer = self._engine.tokenizer
@@ -163,7 +167,9 @@ class AsyncLLM:
             raise EngineDeadError(self._dead or "the engine is shutting down; send the request elsewhere.")
         core, limit = self._engine.core, self.config.scheduler.max_queued
         if core.n_queued + params.n > limit:
-            raise QueueFullError(f"the queue holds its limit of {limit} requests; try again shortly.", retry_after_s=1.0)
+            raise QueueFullError(
+                f"the queue holds its limit of {limit} requests; try again shortly.", retry_after_s=1.0
+            )
         submission = self._engine.submission
         ids = submission.prompt_ids(prompt)
         sequences = submission.sequences(ids, params, request_id=request_id, streaming=True)

@@ -40,7 +40,9 @@ class ScheduledBatch:
     scored: tuple[tuple[Sequence, int], ...] = ()  # (sequence, number of rows) in order of the prompt log-probabilities
 
 
-def build_batch(table: RequestTable, decode: np.ndarray, chunks: list[Chunk], page_tokens: int, resets: list[PenaltyReset]) -> ScheduledBatch:
+def build_batch(
+    table: RequestTable, decode: np.ndarray, chunks: list[Chunk], page_tokens: int, resets: list[PenaltyReset]
+) -> ScheduledBatch:
     """The batch of one token for each slot of `decode` and the given prompt chunks, in that order.
 
     Pages for all of these tokens must be in the table already; counters are still those before this batch.
@@ -72,7 +74,9 @@ def build_batch(table: RequestTable, decode: np.ndarray, chunks: list[Chunk], pa
     context_len = starts + lengths
     widest = int(-(-int(context_len.max()) // page_tokens))
     finishing = np.array([chunk.last for chunk in chunks], dtype=bool)
-    sampling_rows = np.concatenate([np.arange(n_decode, dtype=np.int32), n_decode + np.flatnonzero(finishing).astype(np.int32)])
+    sampling_rows = np.concatenate(
+        [np.arange(n_decode, dtype=np.int32), n_decode + np.flatnonzero(finishing).astype(np.int32)]
+    )
     sample_slots = slots[sampling_rows]
     prompt_plan, scored = _prompt_logprobs(table, chunks, query_start, n_decode)
     plan = BatchPlan(
@@ -91,7 +95,9 @@ def build_batch(table: RequestTable, decode: np.ndarray, chunks: list[Chunk], pa
     return ScheduledBatch(plan, slots, sample_slots, scored)
 
 
-def _sampling(table: RequestTable, slots: Int32Array, token_rows: Int32Array, resets: list[PenaltyReset]) -> SamplingPlan:
+def _sampling(
+    table: RequestTable, slots: Int32Array, token_rows: Int32Array, resets: list[PenaltyReset]
+) -> SamplingPlan:
     n_logprobs = table.n_logprobs[slots]
     bias_rows, bias_tokens, bias_values = _logit_changes(table, slots)
     penalty_row = table.penalty_row[slots]

@@ -88,6 +88,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     executor = Executor(pipeline, decoder, device, sampler, scheduler.table.n_slots, dtype)
     work = WorkCounter(iteration_work(spec, config.model.dtype))
     core = EngineCore(scheduler, executor, work, asynchronous=config.scheduler.asynchronous)
-    _log.info("ready in %.1f s: %s, %s kernels on %s", time.monotonic() - started, files.origin, kernels.name, device.name)
+    _log.info(
+        "ready in %.1f s: %s, %s kernels on %s", time.monotonic() - started, files.origin, kernels.name, device.name
+    )
     submission = Submission(spec, tokenizer, config.model.max_model_len, eos_ids)
     return Engine(config, spec, tokenizer, pipeline, device, core, submission, kernels.name)

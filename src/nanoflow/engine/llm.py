@@ -85,7 +85,8 @@ class LLM:
                 raise EngineDeadError(f"the engine has stopped: {self._dead}; make a new LLM.")
             submission = self._engine.submission
             requests = [
-                submission.sequences(submission.prompt_ids(item), choice) for item, choice in zip(items, params, strict=True)
+                submission.sequences(submission.prompt_ids(item), choice)
+                for item, choice in zip(items, params, strict=True)
             ]
             self._run([sequence for request in requests for sequence in request], use_tqdm=use_tqdm)
         texts = [item if isinstance(item, str) else None for item in items]
@@ -100,7 +101,7 @@ class LLM:
         add_generation_prompt: bool = True,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several (a list of such lists) by the model's chat template."""
+        """Answer one conversation (a list of messages) or several (a list of such lists) by the chat template."""
         conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         rendered = [
             self.tokenizer.render_chat(
@@ -124,7 +125,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.shutdown()
 
     def _run(self, sequences: list[Sequence], *, use_tqdm: bool) -> None:
@@ -202,9 +205,13 @@ def _unpacked(item: Any) -> Prompt:
     return item  # type: ignore[no-any-return]
 
 
-def _params_for(items: list[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None) -> list[SamplingParams]:
+def _params_for(
+    items: list[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None
+) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(items)
     if len(params) != len(items):
-        raise InvalidRequestError(f"{len(items)} prompts but {len(params)} sampling parameters; give one for each, or one for all.")
+        raise InvalidRequestError(
+            f"{len(items)} prompts but {len(params)} sampling parameters; give one for each, or one for all."
+        )
     return list(params)

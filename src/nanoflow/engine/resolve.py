@@ -28,7 +28,9 @@ CPU_KV_FRACTION = 0.4
 def open_device(config: EngineConfig) -> Device:
     """The device that `config.device` asks for. Raises `ConfigError` if this build cannot run there."""
     if config.device.device == "cuda":
-        raise ConfigError("device 'cuda' is not supported by this version yet; use device 'cpu' (or leave it at 'auto').")
+        raise ConfigError(
+            "device 'cuda' is not supported by this version yet; use device 'cpu' (or leave it at 'auto')."
+        )
     return CpuDevice(config.device.threads)
 
 
@@ -74,7 +76,7 @@ def resolve_sizes(config: EngineConfig, spec: ModelSpec, device: Device, pipelin
             "raise kv_memory_bytes or kv_memory_fraction, or lower max_model_len."
         )
     _log.info(
-        "dense_batch: %d, max_running: %d, max_model_len: %d, KV cache: %d pages of %d tokens (%.2f GiB of %.2f GiB free)",
+        "dense_batch: %d, max_running: %d, max_model_len: %d, KV: %d pages of %d tokens (%.2f of %.2f GiB free)",
         dense_batch, max_running, max_model_len, n_pages, page, n_pages * page_bytes / 2**30, free / 2**30,
     )  # fmt: skip
     config = config.with_options("scheduler", dense_batch=dense_batch, max_running=max_running)
@@ -91,8 +93,13 @@ def choose_pipeline(config: EngineConfig, graph: LayerGraph) -> Pipeline:
         asked = config.scheduler.dense_batch
         if asked is not None and asked != pipeline.dense_batch:
             raise ConfigError(
-                f"dense_batch is {asked}, but pipeline {config.pipeline} is made for {pipeline.dense_batch}; drop one of them."
+                f"dense_batch is {asked}, but pipeline {config.pipeline} is for {pipeline.dense_batch}; drop one of them."
             )
     pipeline.validate(graph)
-    _log.info("pipeline: %s, %d nano-operations a layer on %d lanes", pipeline.name, len(pipeline.nano_ops), len(pipeline.lanes))
+    _log.info(
+        "pipeline: %s, %d nano-operations a layer on %d lanes",
+        pipeline.name,
+        len(pipeline.nano_ops),
+        len(pipeline.lanes),
+    )
     return pipeline

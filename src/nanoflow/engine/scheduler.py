@@ -129,7 +129,7 @@ class Scheduler:
         """Slots that decode this iteration, with a page for their new token each; preempts the youngest if need be."""
         table, page = self.table, self.limits.page_tokens
         while True:
-            slots = table.slots_in(SlotState.DECODE)
+            slots: np.ndarray = table.slots_in(SlotState.DECODE)
             slots = slots[table.n_out_planned[slots] < table.max_out[slots]]
             growing = slots[table.computed[slots] >= table.n_pages[slots] * page]
             if len(growing) <= self.allocator.n_free:
@@ -211,7 +211,9 @@ class Scheduler:
     def _fitting(self, running: np.ndarray, candidates: list[Sequence]) -> int:
         table, page = self.table, self.limits.page_tokens
         held = np.maximum(table.n_prompt[running] + table.n_out_planned[running], table.target[running]) + page
-        remaining = self.lengths.remaining(table.n_out_planned[running], table.max_out[running], table.fixed_length[running])
+        remaining = self.lengths.remaining(
+            table.n_out_planned[running], table.max_out[running], table.fixed_length[running]
+        )
         n_out = np.array([len(s.output_ids) for s in candidates], dtype=np.int32)
         new_held = np.array([len(s.prompt_array) for s in candidates], dtype=np.float64) + n_out + page
         max_out = np.array([s.request.max_tokens for s in candidates], dtype=np.int32)
@@ -272,7 +274,7 @@ class Scheduler:
             table.penalty_row[slot] = -1
 
     def _settle(self, slots: np.ndarray) -> None:
-        """Free the slots that only waited for their batch in flight; preempted sequences go to the head of the queue."""
+        """Free slots that only waited for their batch in flight; preempted sequences go to the head of the queue."""
         table = self.table
         settled = slots[(table.in_flight[slots] == 0) & (table.state[slots] >= SlotState.PREEMPTED)]
         for slot in settled[np.argsort(-table.age[settled])].tolist():
@@ -302,7 +304,13 @@ class Scheduler:
         special = wants_logprobs | table.watches_text[slots]
         events: list[TokenEvent] = []
         for row, slot, token, is_stop, is_end, is_special in zip(
-            rows.tolist(), slots.tolist(), tokens.tolist(), stopped.tolist(), ended.tolist(), special.tolist(), strict=True
+            rows.tolist(),
+            slots.tolist(),
+            tokens.tolist(),
+            stopped.tolist(),
+            ended.tolist(),
+            special.tolist(),
+            strict=True,
         ):
             sequence = table.sequences[slot]
             assert sequence is not None

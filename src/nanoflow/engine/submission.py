@@ -54,7 +54,12 @@ class Submission:
         return ids
 
     def sequences(
-        self, prompt_ids: SequenceOf[int], params: SamplingParams, *, request_id: str | None = None, streaming: bool = False
+        self,
+        prompt_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        streaming: bool = False,
     ) -> list[Sequence]:
         """One sequence a choice of the request. Raises `InvalidRequestError` naming the field."""
         max_tokens = self._max_tokens(len(prompt_ids), params)
@@ -88,7 +93,9 @@ class Submission:
                 "max_tokens",
             )
         if params.min_tokens > room:
-            raise InvalidRequestError(f"min_tokens is {params.min_tokens}, but only {room} tokens fit; lower it.", "min_tokens")
+            raise InvalidRequestError(
+                f"min_tokens is {params.min_tokens}, but only {room} tokens fit; lower it.", "min_tokens"
+            )
         return room if params.max_tokens is None else params.max_tokens
 
     def _check_tokens(self, params: SamplingParams) -> None:

@@ -93,7 +93,7 @@ class Executor:
         """Start an iteration without waiting for it."""
         if plan.n_tokens > self.pipeline.dense_batch:
             raise PipelineError(
-                f"a batch of {plan.n_tokens} tokens does not fit the pipeline's dense batch of {self.pipeline.dense_batch}."
+                f"a batch of {plan.n_tokens} tokens exceeds the pipeline's dense batch of {self.pipeline.dense_batch}."
             )
         token_ids = self._stager.tensor(plan.token_ids)
         states: list[NanoBatch | _WholeBatch | None] = []

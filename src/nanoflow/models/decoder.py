@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nanoflow.core.model_spec import ModelSpec
+from nanoflow.core.ops import Op
 from nanoflow.kernels.base import AttentionPlan, ExpertWeights, Kernels, LinearWeight
 from nanoflow.models.rope import cos_sin_table
 from nanoflow.models.state import NanoBatch
-from nanoflow.core.ops import Op
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Projections that read the same input are fused: QKV, and gate with up. Experts replace the plain ones."""
+    """One layer. Projections that read the same input are fused: QKV, gate with up. Experts replace the plain ones."""
 
     attn_norm_d: Tensor
     qkv: LinearWeight
@@ -164,4 +164,3 @@ def weight_bytes(weights: DecoderWeights) -> int:
             parts += [layer.experts.router, *layer.experts.gate_up, *layer.experts.down]
         total += sum(part.n_bytes for part in parts if part is not None)
     return total
-

@@ -26,10 +26,12 @@ def load_weights(
     *,
     show_progress: bool = True,
 ) -> DecoderWeights:
-    """Read every weight of `spec` in `dtype` onto `device`. Raises `ModelLoadError` naming a missing or misshapen one."""
+    """Read every weight of `spec` in `dtype` onto `device`. Raises `ModelLoadError` naming one that is missing or odd."""
     reader = _Reader(source, kernels, dtype, device)
     embedding = reader.linear([("model.embed_tokens.weight", spec.vocab_size)], spec.d_model)
-    numbers = tqdm(range(spec.n_layers), desc=f"loading {spec.name}", unit="layer", disable=not show_progress, leave=False)
+    numbers = tqdm(
+        range(spec.n_layers), desc=f"loading {spec.name}", unit="layer", disable=not show_progress, leave=False
+    )
     layers = tuple(_load_layer(spec, reader, number) for number in numbers)
     tied = spec.tie_embeddings
     lm_head = embedding if tied else reader.linear([("lm_head.weight", spec.vocab_size)], spec.d_model)
@@ -87,7 +89,9 @@ def _load_layer(spec: ModelSpec, reader: _Reader, number: int) -> LayerWeights:
         o_bias_d=reader.vector(f"{attn}.o_proj.bias", spec.d_model) if spec.o_bias else None,
         ffn_norm_d=reader.vector(f"{base}.post_attention_layernorm.weight", spec.d_model),
         gate_up=None if moe else reader.linear([(f"{name}.weight", rows) for name, rows in gate_up], spec.d_model),
-        gate_up_bias_n=reader.bias([(f"{name}.bias", rows) for name, rows in gate_up]) if spec.mlp_bias and not moe else None,
+        gate_up_bias_n=reader.bias([(f"{name}.bias", rows) for name, rows in gate_up])
+        if spec.mlp_bias and not moe
+        else None,
         down=None if moe else reader.linear([(f"{base}.mlp.down_proj.weight", spec.d_model)], spec.d_ff),
         down_bias_d=reader.vector(f"{base}.mlp.down_proj.bias", spec.d_model) if spec.mlp_bias and not moe else None,
         experts=_load_experts(spec, reader, f"{base}.mlp") if moe else None,
