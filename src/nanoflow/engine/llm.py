@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -137,10 +139,14 @@ class LLM:
             core.add(sequence)
         in_flight: InFlightBatch | None = None
         progress = _Progress(core.stats, len(sequences), enabled=use_tqdm)
+        interrupted = threading.Event()
         try:
-            while core.has_work or in_flight is not None:
-                in_flight = core.step(in_flight)
-                progress.update()
+            with _deferred_interrupt(interrupted):
+                while core.has_work or in_flight is not None:
+                    in_flight = core.step(in_flight)
+                    progress.update()
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             self._drain(sequences, in_flight)
             raise
@@ -159,6 +165,26 @@ class LLM:
             core.abort(sequence)
         while core.has_work or in_flight is not None:
             in_flight = core.step(in_flight)
+
+
+@contextlib.contextmanager
+def _deferred_interrupt(interrupted: threading.Event) -> Iterator[None]:
+    """Ctrl-C sets `interrupted` instead of breaking into the middle of an iteration; a second one breaks in."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Progress:

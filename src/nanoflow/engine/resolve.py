@@ -93,7 +93,7 @@ def choose_pipeline(config: EngineConfig, graph: LayerGraph) -> Pipeline:
         asked = config.scheduler.dense_batch
         if asked is not None and asked != pipeline.dense_batch:
             raise ConfigError(
-                f"dense_batch is {asked}, but pipeline {config.pipeline} is for {pipeline.dense_batch}; drop one of them."
+                f"dense_batch is {asked}, but {config.pipeline} is for {pipeline.dense_batch}; drop one of them."
             )
     pipeline.validate(graph)
     _log.info(

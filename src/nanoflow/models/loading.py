@@ -26,7 +26,7 @@ def load_weights(
     *,
     show_progress: bool = True,
 ) -> DecoderWeights:
-    """Read every weight of `spec` in `dtype` onto `device`. Raises `ModelLoadError` naming one that is missing or odd."""
+    """Read every weight of `spec` in `dtype` onto `device`. Raises `ModelLoadError` naming a missing or odd one."""
     reader = _Reader(source, kernels, dtype, device)
     embedding = reader.linear([("model.embed_tokens.weight", spec.vocab_size)], spec.d_model)
     numbers = tqdm(
