@@ -19,6 +19,7 @@ from nanoflow.core.errors import PipelineError
 from nanoflow.device.base import Device, Run
 from nanoflow.executor.program import build_program, issue
 from nanoflow.executor.staging import Stager, scaled_slice
+from nanoflow.executor.timeline import Tracer
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.state import Activations, NanoBatch
 from nanoflow.pipeline.graph import layer_graph
@@ -89,8 +90,8 @@ class Executor:
         device.open_lanes([(lane.name, lane.share) for lane in pipeline.lanes])
         self._program = build_program(pipeline, graph, decoder, self._prologue, self._epilogue)
 
-    def launch(self, plan: BatchPlan) -> InFlight:
-        """Start an iteration without waiting for it."""
+    def launch(self, plan: BatchPlan, tracer: Tracer | None = None) -> InFlight:
+        """Start an iteration without waiting for it; a `tracer` notes when each nano-operation ran."""
         if plan.n_tokens > self.pipeline.dense_batch:
             raise PipelineError(
                 f"a batch of {plan.n_tokens} tokens exceeds the pipeline's dense batch of {self.pipeline.dense_batch}."
@@ -104,7 +105,7 @@ class Executor:
         assert isinstance(nano, NanoBatch), "a batch has at least one token"
         whole = _WholeBatch(plan, nano)
         states.append(whole)
-        return InFlight(plan, self.device.start(self._program, states, issue), whole)
+        return InFlight(plan, self.device.start(self._program, states, tracer.issue if tracer else issue), whole)
 
     def _prologue(self, whole: _WholeBatch) -> None:
         n_decode = whole.plan.n_decode
