@@ -147,6 +147,11 @@ def test_eos_ids_of_both_files(tmp_path: Path) -> None:
         ({"num_hidden_layers": "4"}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "no multiple"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
+        ({"rms_norm_eps": None}, "wrong kind"),
+        ({"rope_theta": "many"}, "wrong kind"),
+        ({"quantization_config": 4}, "wrong kind"),
+        ({"head_dim": 7}, "even number"),
+        ({"head_dim": "64"}, "even number"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
     ],
 )

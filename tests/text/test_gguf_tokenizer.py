@@ -114,6 +114,18 @@ def test_add_bos_follows_the_metadata() -> None:
     assert without.encode("a") == without.encode("a", add_special_tokens=False)
 
 
+def test_llama3_adds_bos_unless_told() -> None:
+    assert byte_level("llama-bpe", [], [], bos_token_id=256).encode("a")[0] == 256
+    assert len(byte_level("llama-bpe", [], [], bos_token_id=256, add_bos_token=False).encode("a")) == 1
+
+
+def test_damaged_vocabularies_are_refused() -> None:
+    with pytest.raises(ModelLoadError, match="damaged"):
+        byte_level("gpt-2", [], ["zz yy"])
+    with pytest.raises(ModelLoadError, match="damaged"):
+        byte_level("gpt-2", [], [], bos_token_id=9999, add_bos_token=True)
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="thequickbrown foxé,1世", max_size=60))
 def test_sentencepiece_encodes_like_the_original(

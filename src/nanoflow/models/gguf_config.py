@@ -25,7 +25,12 @@ def spec_from_gguf(file: GgufFile, rope_factors: npt.NDArray[np.float32] | None 
 
     Llama files with experts become Mixtral. Raises `ModelLoadError` for what is missing or not supported.
     """
-    return _Reader(file).spec(rope_factors)
+    try:
+        return _Reader(file).spec(rope_factors)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, ModelLoadError):
+            raise
+        raise ModelLoadError(f"{file.path}: the metadata hold a value of the wrong kind ({error}).") from error
 
 
 class _Reader:

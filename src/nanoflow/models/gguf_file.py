@@ -76,7 +76,9 @@ class _Header:
             key = self.string()
             metadata[key] = self.value(self.take("I"))
         if metadata.get("split.count", 1) > 1:
-            raise ModelLoadError(f"{self.path} is one part of a split model; join the parts with llama-gguf-split --merge.")
+            raise ModelLoadError(
+                f"{self.path} is one part of a split model; join the parts with llama-gguf-split --merge."
+            )
         infos = [self.tensor_info() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         start = -(-self.position // alignment) * alignment

@@ -60,6 +60,15 @@ def spec_from_hf_config(
     config: Mapping[str, Any], name: str, generation_config: Mapping[str, Any] | None = None
 ) -> ModelSpec:
     """The spec that a `config.json` describes. Raises `ModelLoadError` for what is missing or not supported."""
+    try:
+        return _spec(config, name, generation_config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ModelLoadError):
+            raise
+        raise ModelLoadError(f"{name}: config.json holds a value of the wrong kind ({error}).") from error
+
+
+def _spec(config: Mapping[str, Any], name: str, generation_config: Mapping[str, Any] | None) -> ModelSpec:
     architecture = _architecture(config, name)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -74,6 +83,8 @@ def spec_from_hf_config(
     n_heads = _count(config, "num_attention_heads", name)
     n_kv_heads = _count(config, "num_key_value_heads", name) if config.get("num_key_value_heads") else n_heads
     head_dim = config.get("head_dim", 128 if architecture == "Qwen3ForCausalLM" else None) or d_model // n_heads
+    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
+        raise ModelLoadError(f"{name}: the head dimension must be an even number above 0, not {head_dim!r}.")
     if n_heads % n_kv_heads:
         raise ModelLoadError(
             f"{name}: num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}."

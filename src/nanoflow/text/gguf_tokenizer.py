@@ -18,7 +18,8 @@ _LLAMA3 = (
 )  # meta-llama/Meta-Llama-3-8B
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # Qwen/Qwen2-7B
 _GPT2_NAMES = ("default", "gpt-2", "gpt2")
-_SPLIT_PATTERNS = {"llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2}
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_SPLIT_PATTERNS = {**dict.fromkeys(_LLAMA3_NAMES, _LLAMA3), "qwen2": _QWEN2}
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types of the GGUF format
 
 
@@ -29,18 +30,22 @@ def gguf_tokenizer(metadata: Mapping[str, Any], eos_ids: Sequence[int], origin: 
     if not tokens:
         raise ModelLoadError(f"{origin} holds no vocabulary; name a tokenizer folder with --tokenizer.")
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if kind == "gpt2":
-        backend = _byte_level_bpe(metadata, tokens, origin)
-    elif kind == "llama":
-        backend = _sentencepiece_bpe(metadata, tokens, types)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise ModelLoadError(
             f"{origin}: tokenizer kind {kind!r} is not supported (gpt2 and llama are); use --tokenizer FOLDER."
         )
-    special = _add_special_tokens(backend, tokens, types)
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    if bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
-        prepend_bos(backend, tokens[bos_id], bos_id)
+    try:
+        backend = (
+            _byte_level_bpe(metadata, tokens, origin) if kind == "gpt2" else _sentencepiece_bpe(metadata, tokens, types)
+        )
+        special = _add_special_tokens(backend, tokens, types)
+        bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+        if bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", _adds_bos_unless_told(metadata)):
+            prepend_bos(backend, tokens[bos_id], bos_id)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # the library raises plain Exception for a vocabulary that does not fit its merges
+        raise ModelLoadError(f"{origin}: the tokenizer is damaged ({error}); use --tokenizer FOLDER.") from error
     extras = TokenizerExtras(
         bos_id=bos_id,
         eos_ids=tuple(eos_ids),
@@ -49,6 +54,11 @@ def gguf_tokenizer(metadata: Mapping[str, Any], eos_ids: Sequence[int], origin: 
         extra_special_ids=special,
     )
     return HfTokenizer(backend, extras, origin)
+
+
+def _adds_bos_unless_told(metadata: Mapping[str, Any]) -> bool:
+    """llama.cpp's default: SentencePiece and Llama 3 vocabularies begin a text with the beginning-of-sequence token."""
+    return metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
 
 
 def _template_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
@@ -63,9 +73,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str], origin: 
     pre = metadata.get("tokenizer.ggml.pre", "default")
     merges = [_merge(text) for text in metadata.get("tokenizer.ggml.merges") or []]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    backend = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3", "llama-v3"))
-    )
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES))
     if pre in _GPT2_NAMES:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     elif pre == "smollm":

@@ -37,7 +37,11 @@ def safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
             raise ModelLoadError(f"{index} holds no weight_map. Download the file again.")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for path in files:
