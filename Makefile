@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # A torch version, or `system`: use the torch (2.11 or newer) that $(PYTHON) already has, e.g. one built for your GPU.
-TORCH  ?= 2.13.0
+# Left out, an environment that exists stays as it is.
+TORCH  ?= $(firstword $(patsubst $(VENV)/.stamp-torch-%,%,$(wildcard $(VENV)/.stamp-torch-*)) 2.13.0)
 MODEL  ?= smollm2
 
 BIN     := $(VENV)/bin
@@ -20,18 +21,26 @@ setup: $(READY) ## make the virtual environment with everything needed to run
 
 dev: $(DEV) ## setup, and the tools for tests and lint
 
+PYTHON_OK = $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	|| { echo "Python 3.11 or newer is needed; say PYTHON=/path/to/python3."; exit 1; }
+TORCH_OK = import torch; v = torch.__version__; assert tuple(map(int, v.split(".")[:2])) >= (2, 11), v
+
 ifeq ($(TORCH),system)
 $(TORCHED):
 	@echo "[1/3] virtual environment in $(VENV), with the torch of $(PYTHON)"
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed; say PYTHON=/path/to/python3."; exit 1; }
-	@$(PYTHON) -c "import torch; v = tuple(int(p) for p in torch.__version__.split('+')[0].split('.')[:2]); assert v >= (2, 11), torch.__version__; print('      found torch', torch.__version__)" \
-		|| { echo "TORCH=system needs torch 2.11 or newer in $(PYTHON): install one that fits your GPU, or leave TORCH out."; exit 1; }
+	@$(PYTHON_OK)
+	@$(PYTHON) -c '$(TORCH_OK); print("      found torch", v)' \
+		|| { echo "TORCH=system needs torch 2.11 or newer in $(PYTHON): install one there that fits your GPU, or leave TORCH out."; exit 1; }
 	@$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	@# If $(PYTHON) is a virtual environment itself, its packages are not the system's: name their folder.
+	@$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)' \
+		> "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system-torch.pth"
+	@$(BIN)/python -c '$(TORCH_OK)'
 	@touch $@
 else
 $(TORCHED):
 	@echo "[1/3] virtual environment in $(VENV), torch $(TORCH)"
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed; say PYTHON=/path/to/python3."; exit 1; }
+	@$(PYTHON_OK)
 	@$(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.stamp-*
 	@$(PIP) torch==$(TORCH)
