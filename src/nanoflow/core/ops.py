@@ -1,4 +1,4 @@
-"""The operations of a decoder layer: units with one dominant resource, counted by the cost model, ordered by a Pipeline."""
+"""The operations of a layer: units with one dominant resource, counted by the cost model, ordered by a Pipeline."""
 
 from __future__ import annotations
 

@@ -95,9 +95,7 @@ class RequestOutput:
         out.token_ids.extend(delta.token_ids)
         if delta.logprobs is not None:
             out.logprobs = (out.logprobs or []) + delta.logprobs
-            gained = sum(
-                table[token].logprob for token, table in zip(delta.token_ids, delta.logprobs, strict=True)
-            )
+            gained = sum(table[token].logprob for token, table in zip(delta.token_ids, delta.logprobs, strict=True))
             out.cumulative_logprob = (out.cumulative_logprob or 0.0) + gained
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs

@@ -33,7 +33,7 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Experts of one layer: per expert the fused gate-up (2f, d) and the down (d, f) projection, plus the router (x, d)."""
+    """Experts of one layer: per expert the fused gate-up (2f, d) and the down (d, f) projection; the router (x, d)."""
 
     router: LinearWeight
     gate_up: tuple[LinearWeight, ...]
@@ -70,7 +70,13 @@ class Kernels(Protocol):
         ...
 
     def linear(
-        self, x_tk: Tensor, weight: LinearWeight, out_tn: Tensor, *, bias_n: Tensor | None = None, accumulate: bool = False
+        self,
+        x_tk: Tensor,
+        weight: LinearWeight,
+        out_tn: Tensor,
+        *,
+        bias_n: Tensor | None = None,
+        accumulate: bool = False,
     ) -> None:
         """out = x Wᵀ + bias, or out += … with `accumulate` (summed in float32, rounded once). `out` may be float32."""
         ...
@@ -98,7 +104,7 @@ class Kernels(Protocol):
         k_norm_e: Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        """QK-norm (if weights are given), rotate Q in place (half-split "NeoX" rotation), rotate K and write K and V to the pages.
+        """QK-norm (if weights are given), rotate Q in place (half-split "NeoX" form), write rotated K, and V, to pages.
 
         `cos_sin` is float32 (positions, e): the first half cosines, the second sines. `kv_slots_t` is page ·
         page_tokens + offset.
@@ -118,7 +124,7 @@ class Kernels(Protocol):
         scale: float,
         window: int | None = None,
     ) -> None:
-        """Causal paged attention of the plan's query rows: reads Q from the first h·e columns of `qkv`, writes h·e columns.
+        """Causal paged attention of the plan's query rows: Q is the first h·e columns of `qkv`; writes h·e columns.
 
         `window` w: a query at position i sees keys in (i - w, i]. Used for decode (one row a request) and for prefill.
         Rows that no request owns are left alone.
@@ -143,13 +149,15 @@ class Kernels(Protocol):
         keys_s: Tensor,
         out_s: Tensor,
     ) -> None:
-        """Choose a token a row from float32 logits: argmax where temperature is 0, else Gumbel-max over the kept tokens.
+        """Choose a token a row from float32 logits: argmax at temperature 0, else Gumbel-max over the kept tokens.
 
         Kept are the `top_k` (0: all) likeliest after temperature, of these the smallest set whose probability reaches
         `top_p`, of these those with at least `min_p` times the largest probability. Noise: `kernels.noise`.
         """
         ...
 
-    def allocate_kv(self, n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, n_layers: int) -> list[Tensor]:
+    def allocate_kv(
+        self, n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, n_layers: int
+    ) -> list[Tensor]:
         """One tensor a layer with `n_pages` in its first dimension; the layout inside a page is the backend's own."""
         ...

@@ -1,1 +1,1 @@
-"""The Pipeline: which nano-operations a layer runs, in which order and on which lanes; plain data with validation. No torch."""
+"""The Pipeline: which nano-operations a layer runs, in which order, on which lanes; validated plain data. No torch."""

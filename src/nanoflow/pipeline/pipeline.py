@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.core.errors import PipelineError
-from nanoflow.pipeline.graph import Edge, LayerGraph, Scope
 from nanoflow.core.ops import Op
+from nanoflow.pipeline.graph import Edge, LayerGraph, Scope
 
 FORMAT_VERSION = 1
 
