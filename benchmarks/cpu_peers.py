@@ -41,9 +41,9 @@ class Case:
     def name(self) -> str:
         return f"{self.count}x({self.n_in}+{self.n_out})"
 
-    def prompts(self) -> list[list[int]]:
-        """Random prompts, the same for every engine."""
-        rng = np.random.default_rng(self.count)
+    def prompts(self, turn: int) -> list[list[int]]:
+        """Random prompts: the same for every engine, others in every round, so that no prefix cache helps."""
+        rng = np.random.default_rng((self.count, turn))
         return rng.integers(FIRST_TOKEN, LAST_TOKEN, (self.count, self.n_in)).tolist()
 
     def tokens_per_s(self, seconds: float) -> float:
@@ -75,10 +75,10 @@ class Peer:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
         self.version = str(self._answer()["version"])
 
-    def run(self, case: Case) -> dict[str, Any]:
+    def run(self, case: Case, turn: int) -> dict[str, Any]:
         """One timed round."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompts": case.prompts(), "n_out": case.n_out}) + "\n")
+        self.process.stdin.write(json.dumps({"prompts": case.prompts(turn), "n_out": case.n_out}) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
@@ -151,7 +151,7 @@ def compare(names: list[str], cases: list[Case], rounds: int, threads: int) -> d
             for turn in range(rounds + 1):
                 for peer in list(peers):
                     try:
-                        answer = peer.run(case)
+                        answer = peer.run(case, turn)
                     except (RuntimeError, OSError) as error:
                         peers.remove(peer)
                         skipped[peer.name] = f"failed at {case.name}: {error}"
