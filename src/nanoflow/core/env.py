@@ -25,6 +25,11 @@ def log_level(default: str = "INFO") -> str:
     return (os.environ.get("NANOFLOW_LOG_LEVEL") or default).upper()
 
 
+def cxx() -> str | None:
+    """The C++ compiler to use for the native kernels, from `$CXX`."""
+    return os.environ.get("CXX") or None
+
+
 def available_cores() -> int:
     """Cores this process may run on (its affinity mask, not the machine's count)."""
     if hasattr(os, "sched_getaffinity"):

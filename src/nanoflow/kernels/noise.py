@@ -30,7 +30,9 @@ def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def row_keys(seeds: npt.NDArray[np.int64] | npt.NDArray[np.uint64], counters: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+def row_keys(
+    seeds: npt.NDArray[np.int64] | npt.NDArray[np.uint64], counters: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int64]:
     """Keys (S) of the next token of S requests: `seeds` (S, any 64-bit integers) and `counters` (S, tokens generated so far)."""
     with np.errstate(over="ignore"):
         mixed = _splitmix64(np.asarray(seeds).astype(np.uint64)) + np.asarray(counters).astype(np.uint64)

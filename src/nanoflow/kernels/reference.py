@@ -38,7 +38,13 @@ class ReferenceKernels:
         return LinearWeight(weight_nk.shape[0], weight_nk.shape[1], weight_nk.dtype, weight_nk.detach().contiguous())
 
     def linear(
-        self, x_tk: Tensor, weight: LinearWeight, out_tn: Tensor, *, bias_n: Tensor | None = None, accumulate: bool = False
+        self,
+        x_tk: Tensor,
+        weight: LinearWeight,
+        out_tn: Tensor,
+        *,
+        bias_n: Tensor | None = None,
+        accumulate: bool = False,
     ) -> None:
         """See `kernels.base.Kernels.linear`."""
         if x_tk.shape[0] == 0:
@@ -155,7 +161,9 @@ class ReferenceKernels:
         """See `kernels.base.Kernels.sample`."""
         reference_sampling.sample(logits_sv, temperature_s, top_k_s, top_p_s, min_p_s, keys_s, out_s)
 
-    def allocate_kv(self, n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, n_layers: int) -> list[Tensor]:
+    def allocate_kv(
+        self, n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, n_layers: int
+    ) -> list[Tensor]:
         """Zeroed pages on torch's default device (use `torch.device(...)` as a context to choose another)."""
         shape = (n_pages, 2, n_kv_heads, page_tokens, head_dim)
         on_cpu = torch.get_default_device().type == "cpu"

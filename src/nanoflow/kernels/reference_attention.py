@@ -50,7 +50,10 @@ def _attend(
     """Attend with query rows [rows) of each of a group of requests, all padded to `max_context` keys."""
     _, _, n_kv_heads, page_tokens, head_dim = kv_layer.shape
     n_heads, device = q_the.shape[1], q_the.device
-    start, query_len = plan.query_start[: plan.n_requests][requests].long(), plan.query_len[: plan.n_requests][requests].long()
+    start, query_len = (
+        plan.query_start[: plan.n_requests][requests].long(),
+        plan.query_len[: plan.n_requests][requests].long(),
+    )
     context = plan.context_len[: plan.n_requests][requests].long()
     offset = torch.arange(rows[0], rows[1], device=device)
     owned = (offset[None, :] < query_len[:, None]).reshape(-1)
@@ -59,7 +62,9 @@ def _attend(
     n_pages = -(-max_context // page_tokens)
     pages = plan.page_table[: plan.n_requests][requests, :n_pages].long().clamp(min=0)
     kv = kv_layer[pages].permute(2, 0, 3, 1, 4, 5).flatten(3, 4).float()  # (2, r, g, keys, e)
-    q = q_the[row_index].float().unflatten(2, (n_kv_heads, n_heads // n_kv_heads)).permute(0, 2, 3, 1, 4)  # (r, g, h/g, q, e)
+    q = (
+        q_the[row_index].float().unflatten(2, (n_kv_heads, n_heads // n_kv_heads)).permute(0, 2, 3, 1, 4)
+    )  # (r, g, h/g, q, e)
 
     n_requests, n_queries = row_index.shape
     scores = (q.flatten(2, 3) @ kv[0].transpose(-1, -2)).unflatten(2, (-1, n_queries)) * scale

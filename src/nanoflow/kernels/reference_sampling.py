@@ -12,7 +12,13 @@ from nanoflow.kernels import noise
 
 
 def sample(
-    logits_sv: Tensor, temperature_s: Tensor, top_k_s: Tensor, top_p_s: Tensor, min_p_s: Tensor, keys_s: Tensor, out_s: Tensor
+    logits_sv: Tensor,
+    temperature_s: Tensor,
+    top_k_s: Tensor,
+    top_p_s: Tensor,
+    min_p_s: Tensor,
+    keys_s: Tensor,
+    out_s: Tensor,
 ) -> None:
     """See `kernels.base.Kernels.sample`."""
     if logits_sv.shape[0] == 0:

@@ -7,6 +7,8 @@ import torch
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.log import get_logger
 from nanoflow.kernels.base import Kernels
+from nanoflow.kernels.native import bindings
+from nanoflow.kernels.native.backend import NativeKernels
 from nanoflow.kernels.reference import ReferenceKernels
 
 _log = get_logger(__name__)
@@ -14,7 +16,16 @@ _log = get_logger(__name__)
 
 def available(device_type: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
     """Backends, fastest first, each with None if usable for (`device_type`, `dtype`), else the reason why not."""
-    return [("reference", None)]
+    offers: list[tuple[str, str | None]] = []
+    if device_type == "cpu":
+        offers.append(("native", _native_reason(dtype)))
+    return [*offers, ("reference", None)]
+
+
+def _native_reason(dtype: torch.dtype) -> str | None:
+    if dtype not in bindings.SUFFIX:
+        return f"the C++ kernels are written for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return bindings.unusable_reason()
 
 
 def create(name: str, device_type: str, dtype: torch.dtype) -> Kernels:
@@ -25,9 +36,17 @@ def create(name: str, device_type: str, dtype: torch.dtype) -> Kernels:
     offers = available(device_type, dtype)
     reasons = dict(offers)
     if name == "auto":
+        for refused, reason in offers:
+            if reason is None:
+                break
+            _log.warning("kernels: %s is not used: %s", refused, reason)
         name = next(offer for offer, reason in offers if reason is None)
     if name not in reasons:
-        raise ConfigError(f"kernels={name!r} is no backend for {device_type}; choose auto or one of {', '.join(reasons)}.")
+        raise ConfigError(
+            f"kernels={name!r} is no backend for {device_type}; choose auto or one of {', '.join(reasons)}."
+        )
     if reasons[name] is not None:
         raise ConfigError(f"kernels={name!r} cannot be used here: {reasons[name]}. Choose kernels=auto.")
+    if name == "native":
+        return NativeKernels(dtype)
     return ReferenceKernels()
