@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,6 @@ from nanoflow.core.presets import PRESETS
 HELP = "tell what this machine has and what will be used"
 LOG_LEVEL = "WARNING"
 GIB = 1 << 30
-COMPILERS = ("c++", "g++", "clang++")
 PROBE_MODEL = "smollm2"
 
 
@@ -55,11 +53,21 @@ def examine(device: str, *, refresh: bool = False) -> dict[str, Any]:
         "torch": torch.__version__,
         "cores": env.available_cores(),
         "memory_bytes": env.available_memory_bytes(),
-        "compiler": next((path for name in COMPILERS if (path := shutil.which(name))), None),
+        "compiler": compiler(),
         "cache_dir": str(env.cache_dir()),
         "gpus": gpus(),
         **engine_choices(device, refresh=refresh),
     }
+
+
+def compiler() -> str | None:
+    """The C++ compiler that the native kernels would be built with."""
+    from nanoflow.kernels.native.build import BuildError, find_compiler
+
+    try:
+        return find_compiler()
+    except BuildError:
+        return None
 
 
 def gpus() -> list[dict[str, Any]]:
