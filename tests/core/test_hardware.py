@@ -10,7 +10,7 @@ from nanoflow.core.hardware_presets import HARDWARE, find_hardware
 
 FIGURES = (
     *("memory_bytes", "mem_bytes_per_s", "peak_flops", "link_bytes_per_s", "power_cap_w"),
-    *("idle_w", "pj_per_flop", "pj_per_byte"),
+    *("idle_w", "pj_per_flop", "pj_per_byte", "attained_flops", "attained_mem_bytes_per_s"),
 )
 
 

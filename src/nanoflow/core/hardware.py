@@ -7,7 +7,7 @@ Both become `MachineRates`, so the analysis never asks where a number came from,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nanoflow.core.errors import ConfigError
@@ -50,7 +50,8 @@ class HardwareSpec:
 
     `peak_flops` is FLOP/s by dtype, dense (no structured sparsity), accumulating in float32; `link_bytes_per_s` is one
     way per device over the fastest link that a group of devices shares. A dtype or figure that nobody publishes is
-    absent or `None`, never guessed. Energies (pJ) are above idle.
+    absent or `None`, never guessed. Energies (pJ) are above idle;
+    `attained_*` are the rates that GEMMs and streaming reads were measured to reach on it.
     """
 
     name: str
@@ -63,6 +64,8 @@ class HardwareSpec:
     idle_w: float | None = None
     pj_per_flop: Mapping[str, float] = field(default_factory=dict)
     pj_per_byte: float | None = None
+    attained_flops: Mapping[str, float] = field(default_factory=dict)
+    attained_mem_bytes_per_s: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def rates(self, dtype: str) -> MachineRates:
@@ -83,4 +86,16 @@ class HardwareSpec:
             pj_per_flop=self.pj_per_flop.get(dtype),
             pj_per_byte=self.pj_per_byte,
             source=self.sources.get("peak_flops", ""),
+        )
+
+    def attained_rates(self, dtype: str) -> MachineRates | None:
+        """The same with measured rates in place of peaks; `None` if no GEMM rate was measured for `dtype`."""
+        if dtype not in self.attained_flops:
+            return None
+        return replace(
+            self.rates(dtype),
+            flops_per_s=self.attained_flops[dtype],
+            mem_bytes_per_s=self.attained_mem_bytes_per_s or self.mem_bytes_per_s,
+            measured=True,
+            source=self.sources.get("attained_flops", ""),
         )

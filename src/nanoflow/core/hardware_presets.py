@@ -16,6 +16,7 @@ TFLOPS = 1e12
 ALL_PUBLISHED = ("memory_bytes", "mem_bytes_per_s", "peak_flops", "link_bytes_per_s", "power_cap_w")
 
 A100_SHEET = "NVIDIA A100 Tensor Core GPU data sheet (A100 80GB: 2021; A100 40GB: 2020)"
+A100_ATTAINED = "NanoFlow, OSDI'25 (arXiv 2408.12757): what GEMM attains on an A100 80GB SXM"
 H100_SHEET = "NVIDIA H100 Tensor Core GPU data sheet (2024 edition, with H100 NVL)"
 H100_PCIE_SHEET = "NVIDIA H100 Tensor Core GPU data sheet (2022 edition) and product brief PB-11133"
 H200_SHEET = "NVIDIA H200 Tensor Core GPU data sheet (2024)"
@@ -24,6 +25,7 @@ L40S_SHEET = "NVIDIA L40S data sheet (2023)"
 L4_SHEET = "NVIDIA L4 Tensor Core GPU data sheet (2023)"
 ADA_PAPER = "NVIDIA Ada GPU architecture whitepaper, appendix A (GeForce RTX 4090)"
 MI300X_SHEET = "AMD Instinct MI300X accelerator data sheet (2023)"
+H200_FIGURES = ("idle_w", "pj_per_flop", "pj_per_byte", "attained_flops", "attained_mem_bytes_per_s")
 H200_MEASURED = "measured on an H200 SXM, 2026-11"
 PCIE4 = "PCI Express 4.0 x16, as the data sheet gives it"
 PCIE5 = "PCI Express 5.0 x16, as the data sheet gives it"
@@ -45,6 +47,9 @@ def _peaks(half: float, float32: float | None = None, float8: float | None = Non
 
 
 def _a100(name: str, title: str, memory_gb: float, bandwidth_gb: float, power_w: float, sxm: bool) -> HardwareSpec:
+    others = {} if sxm else {"link_bytes_per_s": PCIE4}
+    if name == "a100-80g-sxm":
+        others["attained_flops"] = A100_ATTAINED
     return HardwareSpec(
         name=name,
         title=title,
@@ -53,7 +58,8 @@ def _a100(name: str, title: str, memory_gb: float, bandwidth_gb: float, power_w:
         peak_flops=_peaks(312, float32=19.5),
         link_bytes_per_s=(300 if sxm else 32) * GB,
         power_cap_w=power_w,
-        sources=_cite(A100_SHEET) if sxm else _cite(A100_SHEET, link_bytes_per_s=PCIE4),
+        attained_flops={"bfloat16": 280 * TFLOPS, "float16": 280 * TFLOPS} if name == "a100-80g-sxm" else {},
+        sources=_cite(A100_SHEET, **others),
     )
 
 
@@ -103,7 +109,9 @@ _SPECS = (
         idle_w=131,
         pj_per_flop={"bfloat16": 0.845, "float8": 0.45},
         pj_per_byte=113,
-        sources=_cite(H200_SHEET, idle_w=H200_MEASURED, pj_per_flop=H200_MEASURED, pj_per_byte=H200_MEASURED),
+        attained_flops={"bfloat16": 670 * TFLOPS, "float8": 1261 * TFLOPS},
+        attained_mem_bytes_per_s=4400 * GB,
+        sources=_cite(H200_SHEET, **dict.fromkeys(H200_FIGURES, H200_MEASURED)),
     ),
     HardwareSpec(
         name="b200",
