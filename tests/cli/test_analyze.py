@@ -34,7 +34,7 @@ def test_the_papers_example(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_gpu_and_a_mixture(capsys: pytest.CaptureFixture[str]) -> None:
     small = _analyze(capsys, "llama-3-8b", "--gpu", "a100-80g-sxm")["measured"]["paper"]
     assert small["optimal_tokens_per_s_per_gpu"] == pytest.approx(280e12 / 16e9)
-    # A token of a mixture costs a fifth of the FLOPs that Llama-2-70B's does, so it takes a larger batch to fill the GEMMs.
+    # A token of a mixture costs a fifth of Llama-2-70B's FLOPs, so it takes a larger batch to be compute-bound.
     eight = ("mixtral-8x7b", "--gpu", "a100-80g-sxm", "--gpus", "8", "--dense-batch")
     mixture = _analyze(capsys, *eight, "4096")["measured"]["paper"]
     active = preset("mixtral-8x7b").n_active_params
