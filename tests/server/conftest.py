@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.server.fake_engine import FakeEngine
 
 from nanoflow.server.config import ServerConfig
 from nanoflow.server.engine_api import Engine
 from nanoflow.server.run import DrainingServer, listen, make_server
-from tests.server.fake_engine import FakeEngine
 
 
 @dataclass

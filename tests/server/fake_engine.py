@@ -131,7 +131,8 @@ class FakeEngine:
                 if position == 3 and words.endswith(("ERROR", "BOOM", "DEAD")):
                     self._fail(stream, words)
                     return
-                if not any([self._step(stream, params, position, choice) for choice in range(params.n)]):
+                going_on = [self._step(stream, params, position, choice) for choice in range(params.n)]
+                if True not in going_on:
                     break
         except asyncio.CancelledError:
             for choice in range(params.n):
@@ -194,9 +195,10 @@ class FakeEngine:
 
 
 def table(token: int, k: int) -> TokenLogprobs:
-    """The chosen token is second likeliest; the k likeliest follow its id. The last one is impossible."""
-    chosen = {token: Logprob(-1.0, 2, chr(token))}
-    others = {token + 1: Logprob(-0.5, 1), **{token + i: Logprob(-float(i), i + 1) for i in range(2, k)}}
-    if k > 4:
-        others[token + k] = Logprob(float("-inf"), k + 1)
-    return chosen | dict(list(others.items())[:k])
+    """The k likeliest tokens, the chosen one second among them (or added); from k = 5 the last is impossible."""
+    entries = {token: Logprob(-1.0, 2, chr(token))}
+    if k > 0:
+        entries[token + 1] = Logprob(-0.5, 1)
+    for rank in range(3, k + 1):
+        entries[token + rank - 1] = Logprob(float("-inf") if rank == k > 4 else -float(rank), rank)
+    return entries

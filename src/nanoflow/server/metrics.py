@@ -38,11 +38,11 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
         self.latencies = Latencies(
-            self._histogram("time_to_first_token_seconds", "From arrival to the first token of a choice.", _SECONDS),
+            self._histogram("time_to_first_token_seconds", "From submission to the first token of a choice.", _SECONDS),
             self._histogram(
                 "time_per_output_token_seconds", "Mean time between tokens of a finished choice.", _TOKEN_SECONDS
             ),
-            self._histogram("request_duration_seconds", "From arrival to the last token of a choice.", _SECONDS),
+            self._histogram("request_duration_seconds", "From submission to the last token of a choice.", _SECONDS),
         )
         self.http_responses = Counter(
             "nanoflow_http_responses_total", "HTTP answers.", ("path", "status"), registry=self.registry

@@ -65,7 +65,7 @@ def parse(model: type[Model], data: Any, path: str = "") -> Model:
 
 
 def _unknown_field(name: str, prefix: str, model: type[StrictModel]) -> ApiError:
-    near = difflib.get_close_matches(name[:100], model.model_fields, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name[:100], model.model_fields, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "; remove it."
     return bad_request(f"Unknown field {prefix + name[:100]!r}{hint}", prefix + name[:100], "unknown_field")
 
@@ -134,6 +134,8 @@ def check_token_ids(ids: Sequence[Any], vocab_size: int, path: str) -> None:
     """Refuse anything but non-empty lists of ids from 0 to vocab_size - 1."""
     if not ids:
         raise bad_request(f"{path} is empty; send at least one token id.", path)
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return
     for token in ids:
         if type(token) is not int:
             raise bad_request(f"{path} must hold token ids only, not {_shown(token)}.", path)

@@ -115,10 +115,10 @@ def listen(config: ServerConfig) -> socket.socket:
 
 def serve(engine: Engine, server_config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return. Raises `ConfigError` if the address is taken."""
-    with listen(server_config) as listener:
+    server = make_server(engine, server_config)
+    with server.capture_signals(), listen(server_config) as listener:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         log.info("Serving %s on http://%s:%d/v1", served_model_name(engine), shown, port)
-        server = make_server(engine, server_config)
         server.run(sockets=[listener])
     log.info("Stopped.")

@@ -1,0 +1,78 @@
+"""`/metrics`: every name is documented, numbers follow what happened, labels stay few."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from tests.server.conftest import running_server
+from tests.server.fake_engine import FakeEngine
+
+DOC = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+
+
+def scrape(http: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """(name, labels) → value."""
+    samples = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            samples[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+    return samples
+
+
+def test_numbers_follow_the_engine_and_the_requests() -> None:
+    with running_server(FakeEngine()) as server, server.http() as http:
+        server.engine.energy_j = 42.5
+        http.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 5})
+        http.post("/v1/completions", json={"prompt": "ERROR", "max_tokens": 5})
+        http.post("/v1/completions", json={"prompt": "ERROR", "max_tokens": 5, "stream": True})
+        http.post("/v1/completions", json={"prompt": ""})
+        http.get("/some/path")
+        got = scrape(http)
+        plain = {name: value for (name, labels), value in got.items() if not labels}
+        assert plain["nanoflow_output_tokens_total"] == 5 + 5 + 3 + 3
+        assert (plain["nanoflow_prompt_tokens_total"], plain["nanoflow_iterations_total"]) == (11, 7)
+        assert (plain["nanoflow_batch_fill_ratio"], plain["nanoflow_batch_tokens"]) == (0.25, 16)
+        assert (plain["nanoflow_kv_pages"], plain["nanoflow_kv_pages_used"], plain["nanoflow_kv_use_ratio"]) == (
+            100,
+            0,
+            0,
+        )
+        assert (plain["nanoflow_preemptions_total"], plain["nanoflow_busy_seconds_total"]) == (3, 1.25)
+        assert plain["nanoflow_energy_joules_total"] == 42.5
+        assert plain["nanoflow_time_to_first_token_seconds_count"] == 4
+        assert plain["nanoflow_time_per_output_token_seconds_count"] == 2
+        assert plain["nanoflow_request_duration_seconds_count"] == 2
+        assert got["nanoflow_requests_finished_total", (("reason", "length"),)] == 2
+        responses = {labels: value for (name, labels), value in got.items() if name == "nanoflow_http_responses_total"}
+        text = ("path", "/v1/completions")
+        assert responses[text, ("status", "200")] == 2
+        assert responses[text, ("status", "400")] == 1
+        assert responses[text, ("status", "500")] == 1
+        assert responses[("path", "other"), ("status", "404")] == 1
+        assert got["nanoflow_stream_errors_total", (("code", "engine_error"),)] == 1
+
+
+def test_energy_is_left_out_where_it_cannot_be_read(http: httpx.Client) -> None:
+    assert "nanoflow_energy_joules_total" not in http.get("/metrics").text
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
+    with running_server(FakeEngine()) as server, server.http() as http:
+        server.engine.energy_j = 1.0
+        http.post("/v1/completions", json={"prompt": "ERROR", "max_tokens": 5, "stream": True})
+        text = http.get("/metrics").text
+    exposed = {name for name in re.findall(r"^# TYPE (\S+)", text, re.M) if not name.endswith("_created")}
+    documented = set(re.findall(r"^\| `(nanoflow_\w+)` \|", DOC.read_text(encoding="utf-8"), re.M))
+    assert exposed == documented
+    assert all(name.startswith("nanoflow_") for name in exposed)
+
+
+def test_unknown_paths_make_no_new_series(http: httpx.Client) -> None:
+    for index in range(5):
+        http.get(f"/v1/models/{index}")
+        http.get(f"/{index}")
+    paths = set(re.findall(r'path="([^"]*)"', http.get("/metrics").text))
+    assert not any(re.search(r"\d$", path) for path in paths)
