@@ -163,9 +163,8 @@ class AsyncLLM:
 
         Raises `InvalidRequestError`, `QueueFullError` or `EngineDeadError` at once.
         """
-        if not self.healthy:
-            raise EngineDeadError(self._dead or "the engine is shutting down; send the request elsewhere.")
         core, limit = self._engine.core, self.config.scheduler.max_queued
+        self._check_healthy()
         if core.n_queued + params.n > limit:
             raise QueueFullError(
                 f"the queue holds its limit of {limit} requests; try again shortly.", retry_after_s=1.0
@@ -174,12 +173,17 @@ class AsyncLLM:
         ids = submission.prompt_ids(prompt)
         sequences = submission.sequences(ids, params, request_id=request_id, streaming=True)
         stream = RequestStream(self, sequences, asyncio.get_running_loop())
-        for sequence in sequences:
-            self._streams[sequence] = stream
-            core.add(sequence)
         with self._wake:
+            self._check_healthy()
+            for sequence in sequences:
+                self._streams[sequence] = stream
+                core.add(sequence)
             self._wake.notify()
         return stream
+
+    def _check_healthy(self) -> None:
+        if not self.healthy:
+            raise EngineDeadError(self._dead or "the engine is shutting down; send the request elsewhere.")
 
     async def generate(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> RequestOutput:
         """The whole answer to one prompt. Cancelling the task aborts the request."""
@@ -210,7 +214,7 @@ class AsyncLLM:
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Take no new requests, give running ones `drain_s` seconds, end the rest, stop the engine. Idempotent."""
-        self._draining = True
+        self._refuse_new()
         deadline = time.monotonic() + drain_s
         while self._streams and self._dead is None and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -221,9 +225,13 @@ class AsyncLLM:
 
     def close(self) -> None:
         """`shutdown` without waiting, for callers that have no event loop. Idempotent."""
-        self._draining = True
+        self._refuse_new()
         self.abort(list(self._streams))
         self._stop()
+
+    def _refuse_new(self) -> None:
+        with self._wake:  # a `submit` in another thread is either done or refused
+            self._draining = True
 
     def _stop(self) -> None:
         with self._wake:
@@ -247,8 +255,9 @@ class AsyncLLM:
                 self._publish(core.take_events())
         except BaseException as error:
             _log.exception("the engine has stopped")
-            self._dead = f"the engine has stopped ({type(error).__name__}: {error}); restart the server."
-            core.fail_all(self._dead)
+            with self._wake:  # so that no request is queued after the others were failed
+                self._dead = f"the engine has stopped ({type(error).__name__}: {error}); restart the server."
+                core.fail_all(self._dead)
             self._publish(core.take_events())
         finally:
             self._engine.device.close()

@@ -97,7 +97,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """A snapshot; may be read from another thread, where a counter can be one iteration behind another."""
-        scheduler = self.scheduler
+        scheduler, busy_since = self.scheduler, self._busy_since
         return EngineStats(
             n_running=scheduler.n_running,
             n_waiting=self.n_queued,
@@ -112,7 +112,7 @@ class EngineCore:
                 output_tokens=scheduler.output_tokens,
                 recomputed_tokens=scheduler.recomputed_tokens,
             ),
-            busy_s=self._busy_s + (0.0 if self._busy_since is None else time.monotonic() - self._busy_since),
+            busy_s=self._busy_s + (0.0 if busy_since is None else time.monotonic() - busy_since),
         )
 
     def _launch(self, scheduled: ScheduledBatch) -> InFlightBatch:

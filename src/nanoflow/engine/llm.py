@@ -6,8 +6,10 @@ import contextlib
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from numbers import Integral
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -44,6 +46,7 @@ class LLM:
         self._lock = threading.Lock()
         self._last_run: tuple[float, WorkDone] | None = None
         self._dead: str | None = None
+        weakref.finalize(self, self._engine.device.close)  # a dropped LLM gives its threads and weights back
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -120,9 +123,8 @@ class LLM:
     def shutdown(self) -> None:
         """Stop the device's lanes. Idempotent; later calls of `generate` raise `EngineDeadError`."""
         with self._lock:
-            if self._dead is None:
-                self._dead = "it was shut down"
-                self._engine.device.close()
+            self._dead = self._dead or "it was shut down"
+            self._engine.device.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -145,35 +147,31 @@ class LLM:
                 while core.has_work or in_flight is not None:
                     in_flight = core.step(in_flight)
                     progress.update()
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            self._drain(sequences, in_flight)
-            raise
+                    if interrupted.is_set():  # end all, but let the device finish: the next call starts clean
+                        for sequence in sequences:
+                            if sequence.finish_reason is None:
+                                core.abort(sequence)
         except BaseException as error:
             self._dead = f"{type(error).__name__}: {error}"
             core.fail_all(self._dead)
             raise
         finally:
             progress.close()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         self._last_run = (time.perf_counter() - started, core.stats().work - before)
-
-    def _drain(self, sequences: list[Sequence], in_flight: InFlightBatch | None) -> None:
-        """After Ctrl-C: end every sequence and let the device finish, so that the next call starts clean."""
-        core = self._engine.core
-        for sequence in sequences:
-            core.abort(sequence)
-        while core.has_work or in_flight is not None:
-            in_flight = core.step(in_flight)
 
 
 @contextlib.contextmanager
 def _deferred_interrupt(interrupted: threading.Event) -> Iterator[None]:
-    """Ctrl-C sets `interrupted` instead of breaking into the middle of an iteration; a second one breaks in."""
-    if threading.current_thread() is not threading.main_thread():
+    """Ctrl-C sets `interrupted` instead of breaking into the middle of an iteration; a second one breaks in.
+
+    Only where Ctrl-C would raise `KeyboardInterrupt`: who ignores or handles the signal goes on doing so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: FrameType | None) -> None:
         if interrupted.is_set():
@@ -219,7 +217,7 @@ def _as_list(prompts: Prompt | Message | SequenceOf[Prompt | Message]) -> list[A
     if isinstance(prompts, str | Mapping):
         return [prompts]
     items = list(prompts)
-    return [items] if items and isinstance(items[0], int) else items
+    return [items] if items and isinstance(items[0], Integral) else items
 
 
 def _unpacked(item: Any) -> Prompt:

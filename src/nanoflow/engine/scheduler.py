@@ -337,7 +337,8 @@ class Scheduler:
         text = None
         if sequence.stop_watch is not None:
             hide = is_stop and not sequence.request.params.include_stop_str_in_output
-            text, matched = sequence.stop_watch.feed([token], last=is_end, drop_last_token=hide)
+            may_stop = len(sequence.output_ids) > sequence.request.params.min_tokens
+            text, matched = sequence.stop_watch.feed([token], last=is_end, drop_last_token=hide, may_stop=may_stop)
             sequence.text_parts.append(text)
             if matched is not None:
                 sequence.finish("stop", matched)

@@ -19,7 +19,9 @@ from nanoflow.core.request import FinishReason, Logprob, Request, TokenLogprobs
 class StopWatch(Protocol):
     """Turns tokens into text on the engine's side, where a stop string must end the request."""
 
-    def feed(self, token_ids: SequenceOf[int], *, last: bool, drop_last_token: bool = False) -> tuple[str, str | None]:
+    def feed(
+        self, token_ids: SequenceOf[int], *, last: bool, drop_last_token: bool = False, may_stop: bool = True
+    ) -> tuple[str, str | None]:
         """New text that is safe to show, and the stop string that ended it, if one did."""
         ...
 
@@ -62,7 +64,6 @@ class Sequence:
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
         self.slot: int | None = None
-        self.abort_requested = False
         self.n_scored = 0  # prompt positions whose log-probability is on its way or here
         self.n_computed = 0  # tokens whose KV was computed before the last preemption
         if request.params.prompt_logprobs is not None:

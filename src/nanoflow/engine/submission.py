@@ -9,8 +9,10 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from numbers import Integral
 
 from nanoflow.core.errors import InvalidRequestError
 from nanoflow.core.model_spec import ModelSpec
@@ -42,13 +44,16 @@ class Submission:
                 raise InvalidRequestError("prompt holds a lone surrogate; send valid Unicode text.", "prompt") from None
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = list(prompt)
-            for token in ids:
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
+            if not isinstance(prompt, Iterable):
+                raise InvalidRequestError(f"prompt is {prompt!r}; send a text or a list of token ids.", "prompt")
+            ids = []
+            for token in prompt:
+                if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < self.spec.vocab_size:
                     raise InvalidRequestError(
                         f"prompt holds {token!r}; token ids are whole numbers from 0 to {self.spec.vocab_size - 1}.",
                         "prompt",
                     )
+                ids.append(int(token))
         if not ids:
             raise InvalidRequestError("prompt is empty; send at least one token.", "prompt")
         return ids

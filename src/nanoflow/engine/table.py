@@ -18,6 +18,9 @@ N_STOP_IDS = 16
 
 NO_TOKEN = -1
 
+MAX_TOP_K = 2**31 - 1
+"""Keeps every vocabulary whole, as does each larger number."""
+
 
 class SlotState(IntEnum):
     FREE = 0
@@ -94,7 +97,7 @@ class RequestTable:
         self.fixed_length[slot] = not stop_ids and not params.stop
         self.n_pages[slot] = 0
         self.temperature[slot] = params.temperature
-        self.top_k[slot] = max(0, params.top_k)
+        self.top_k[slot] = min(max(0, params.top_k), MAX_TOP_K)
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p
         self.seed[slot] = np.uint64(request.seed % 2**64).astype(np.int64)

@@ -17,16 +17,19 @@ class TextStream:
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stops = StopChecker(params.stop, include_stop=params.include_stop_str_in_output) if params.stop else None
 
-    def feed(self, token_ids: Sequence[int], *, last: bool, drop_last_token: bool = False) -> tuple[str, str | None]:
+    def feed(
+        self, token_ids: Sequence[int], *, last: bool, drop_last_token: bool = False, may_stop: bool = True
+    ) -> tuple[str, str | None]:
         """Text that `token_ids` make safe to show, and the stop string found in it, if any.
 
         `last` flushes what was held back. `drop_last_token` keeps the final token (a stop id) out of the text.
+        Without `may_stop` (tokens below the minimum length, fed before all others) no stop string is looked for.
         """
         shown = token_ids[:-1] if drop_last_token else token_ids
         text = self._detokenizer.push(shown)
         if last:
             text += self._detokenizer.finish()
-        if self._stops is None:
+        if self._stops is None or not may_stop:
             return text, None
         safe, matched = self._stops.feed(text)
         if last and matched is None:
