@@ -81,7 +81,7 @@ class PagedCase:
     def plan(
         self, query_lens: list[int], contexts: list[int] | None = None, gap: int = 0
     ) -> tuple[AttentionPlan, Tensor]:
-        """A plan whose requests query their last tokens (`gap` unowned rows between), and the rows of `qkv` they use."""
+        """A plan whose requests query their last tokens (`gap` unowned rows between), and their rows of `qkv`."""
         contexts = contexts or self.contexts
         starts, rows, n_rows, first = [], [], 0, 0
         for length, context, whole in zip(query_lens, contexts, self.contexts, strict=True):

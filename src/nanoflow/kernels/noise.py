@@ -9,7 +9,8 @@ token id into a Gumbel variable. The specification, which each backend repeats:
     u = ((h >> 9) + 0.5) · 2⁻²³                                  (exact in float32, never 0 or 1)
     gumbel = -log(-log(u))
 
-Sources: Steele et al. 2014 (splitmix64), Appleby's MurmurHash3, Gumbel 1954 (argmax of logits plus noise samples the softmax).
+Sources: Steele et al. 2014 (splitmix64), Appleby's MurmurHash3, Gumbel 1954 (the argmax of
+logits + noise samples the softmax).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def row_keys(
     seeds: npt.NDArray[np.int64] | npt.NDArray[np.uint64], counters: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int64]:
-    """Keys (S) of the next token of S requests: `seeds` (S, any 64-bit integers) and `counters` (S, tokens generated so far)."""
+    """Keys (S) of the next token of S requests, from `seeds` (S, 64 bits) and `counters` (S, tokens so far)."""
     with np.errstate(over="ignore"):
         mixed = _splitmix64(np.asarray(seeds).astype(np.uint64)) + np.asarray(counters).astype(np.uint64)
         return _splitmix64(mixed).view(np.int64)

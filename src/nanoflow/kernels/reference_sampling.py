@@ -1,6 +1,6 @@
 """Sampling in plain torch, all rows at once: sort, keep a prefix by top-k, top-p and min-p, then Gumbel-max.
 
-Tokens whose score equals that of the last kept one are kept too, so the result does not depend on a sort's order of ties.
+Tokens whose score equals that of the last kept one are kept too, so the order of ties in a sort does not matter.
 """
 
 from __future__ import annotations

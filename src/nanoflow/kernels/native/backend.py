@@ -1,7 +1,7 @@
 """The native backend: checks nothing it need not, takes addresses and strides of tensors, and calls the C++ kernels.
 
 Nine calls a layer and token pass through here, so each method is a few attribute reads and one foreign call, which
-releases the interpreter lock. Inputs may be row slices or column slices of larger buffers; the last dimension is contiguous.
+releases the interpreter lock. Inputs may be row or column slices of larger buffers; the last dimension is contiguous.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class NativeKernels:
     def allocate_kv(
         self, n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, n_layers: int
     ) -> list[Tensor]:
-        """Zeroed pages, shape (n_pages, 2, n_kv_heads, page_tokens, head_dim rounded up to 16); see `src/attention.cpp`."""
+        """Zeroed pages (n_pages, 2, n_kv_heads, page_tokens, head_dim rounded up to 16); see `src/attention.cpp`."""
         assert dtype is self._dtype and page_tokens % _LANES == 0
         padded = -(-head_dim // _LANES) * _LANES
         return [torch.zeros(n_pages, 2, n_kv_heads, page_tokens, padded, dtype=dtype) for _ in range(n_layers)]

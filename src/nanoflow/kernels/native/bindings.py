@@ -51,13 +51,16 @@ def functions(dtype: torch.dtype) -> Functions:
     """Functions for `dtype`. Raises `build.BuildError` if the library cannot be built or loaded."""
     library = _library()
     found: dict[str, Any] = {}
+    function: Any
     for name, arguments in _SIGNATURES.items():
         function = library[f"nf_{name}_{SUFFIX[dtype]}"]
-        function.argtypes, function.restype = arguments, (_I if name == "packed_size" else None)
+        function.argtypes = arguments
+        function.restype = _I if name == "packed_size" else None
         found[name] = function
     for name, arguments in (("sample", _SAMPLE), ("gumbel", _GUMBEL)):
         function = library[f"nf_{name}"]
-        function.argtypes, function.restype = arguments, None
+        function.argtypes = arguments
+        function.restype = None
         found[name] = function
     return Functions(**found)
 

@@ -1,10 +1,10 @@
 """Compiles the C++ kernels with the system's compiler and keeps the library in the user's cache folder.
 
-Compiling here rather than shipping a binary lets `-march=native` use what this processor has. The file name is a hash of
-everything that the result depends on (sources, compiler, processor, OpenMP runtime), so a stale library is never loaded.
+Compiling here rather than shipping a binary lets `-march=native` use what this processor has. The file name is a hash
+of all that the result depends on (sources, compiler, processor, OpenMP runtime), so a stale library is never loaded.
 
-Threading: torch's wheels bundle their own libgomp. The library is linked against that file, not the system's, so that one
-process holds one OpenMP runtime and `torch.set_num_threads` in a thread governs these kernels as well.
+Threading: torch's wheels bundle their own libgomp. The library is linked against that file, not the system's, so that
+one process holds one OpenMP runtime and `torch.set_num_threads` in a thread governs these kernels as well.
 """
 
 from __future__ import annotations
