@@ -32,7 +32,7 @@ def test_version() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())  # however argparse wraps it
     assert COMMANDS[command].HELP in shown
 
 
