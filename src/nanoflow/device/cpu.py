@@ -81,6 +81,7 @@ class CpuLane:
         self._thread.start()
 
     def _loop(self) -> None:
+        torch.get_num_threads()  # torch sets up a thread's team on first use, and would undo what was set before
         torch.set_num_threads(self.threads)
         torch.set_grad_enabled(False)
         while (work := self._work.get()) is not None:
