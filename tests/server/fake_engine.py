@@ -143,7 +143,9 @@ class FakeEngine:
 
     def _fail(self, stream: FakeStream, words: str) -> None:
         if words.endswith("ERROR"):
-            stream.queue.put_nowait(OutputDelta(stream.request_id, 0, finish_reason="error", error="Out of pages."))
+            stream.queue.put_nowait(
+                OutputDelta(stream.request_id, 0, finish_reason="error", error="secret: out of pages")
+            )
         else:
             stream.queue.put_nowait(
                 EngineDeadError("secret: dead") if words.endswith("DEAD") else RuntimeError("secret: boom")

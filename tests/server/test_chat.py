@@ -177,7 +177,7 @@ def test_messages_as_an_assistant_echoes_them(client: openai.OpenAI, fake: Runni
         model=MODEL, messages=messages, max_tokens=1, extra_body={"chat_template_kwargs": {"x": 1}}
     )
     prompt = fake.engine.tokenizer.decode(fake.engine.streams[-1].prompt_token_ids)
-    assert prompt == "<system>be brief<user>a\nb<assistant>Pa<user>more[x=1]<a>"
+    assert prompt == "<system>be brief<user>ab<assistant>Pa<user>more[x=1]<a>"
 
 
 def test_generation_prompt_can_be_left_out(client: openai.OpenAI, fake: RunningServer) -> None:

@@ -202,9 +202,14 @@ def test_request_id_is_kept_or_made(http: httpx.Client) -> None:
     assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in made)
 
 
-def test_failed_choice(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.InternalServerError, match=r"Out of pages\."):
+def test_failed_choice(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.ERROR, logger="nanoflow"),
+        pytest.raises(openai.InternalServerError, match="The engine failed on this request") as caught,
+    ):
         client.completions.create(model=MODEL, prompt="ERROR")
+    assert "secret" not in str(caught.value)
+    assert "secret: out of pages" in caplog.text
 
 
 @pytest.mark.parametrize("prompt", ["ERROR", "BOOM", "DEAD"])

@@ -8,11 +8,14 @@ from typing import Any
 
 from starlette.types import Receive, Send
 
+from nanoflow.core.log import get_logger
 from nanoflow.core.request import CompletionOutput, OutputDelta, TokenLogprobs
 from nanoflow.server.answers import Answer
 from nanoflow.server.errors import ApiError, ClientGoneError, encode_json, shutting_down, to_api_error
 from nanoflow.server.generation import Generation
 from nanoflow.server.metrics import Metrics
+
+log = get_logger(__name__)
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -41,13 +44,17 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _failure(delta: OutputDelta) -> ApiError | None:
-    """The error that a delta tells of, if any."""
-    if delta.finish_reason == "error":
-        return ApiError(500, delta.error or "The engine could not finish this request.", code="engine_error")
+def _failed(delta: OutputDelta) -> bool:
+    return delta.finish_reason in ("error", "abort")
+
+
+def _failure(delta: OutputDelta) -> ApiError:
+    """The error that a failed delta tells of. The engine's own words may quote an exception, so only the log has them."""
     if delta.finish_reason == "abort":
         return shutting_down()
-    return None
+    log.error("request %s failed: %s", delta.request_id, delta.error)
+    message = f"The engine failed on this request. The server's log has the cause under {delta.request_id}."
+    return ApiError(500, message, code="engine_error")
 
 
 async def send_whole(send: Send, generation: Generation, answer: Answer) -> None:
@@ -56,9 +63,8 @@ async def send_whole(send: Send, generation: Generation, answer: Answer) -> None
     prompt_logprobs: list[list[TokenLogprobs | None] | None] = [None] * len(generation.streams)
     while deltas := await generation.take():
         for delta in deltas:
-            error = _failure(delta)
-            if error is not None:
-                raise error
+            if _failed(delta):
+                raise _failure(delta)
             _extend(outputs[delta.index], delta)
             if delta.prompt_logprobs is not None:
                 prompt_logprobs[delta.index // generation.n] = delta.prompt_logprobs
@@ -81,11 +87,10 @@ async def send_stream(send: Send, generation: Generation, answer: Answer, metric
     try:
         await _send_events(send, answer.opening(generation.n_choices))
         while deltas := await generation.take():
-            errors = [error for error in map(_failure, deltas) if error is not None]
-            good = [delta for delta in deltas if _failure(delta) is None] if errors else deltas
+            good = [delta for delta in deltas if not _failed(delta)]
             await _send_events(send, [chunk for delta in good for chunk in answer.chunks(delta)])
-            if errors:
-                raise errors[0]
+            if len(good) < len(deltas):
+                raise _failure(next(filter(_failed, deltas)))
         if answer.include_usage:
             counts = answer.usage(generation.prompt_tokens, generation.output_tokens)
             await _send_events(send, [answer.usage_chunk(counts)])

@@ -176,7 +176,7 @@ def _content(content: Any, path: str) -> str:
         if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
             raise bad_request(f"{here} is of type {part['type'][:40]!r}; this model reads text parts only.", here)
         texts.append(parse(TextPart, part, here).text)
-    return "\n".join(texts)
+    return "".join(texts)
 
 
 def sampling_params(
