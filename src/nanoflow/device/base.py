@@ -78,6 +78,8 @@ class Device(Protocol):
     kind: str
     name: str
     torch_device: torch.device
+    wide_residual: bool
+    """Whether a float32 residual stream costs next to nothing here."""
 
     def open_lanes(self, names_and_shares: Sequence[tuple[str, float]]) -> None:
         """Make the lanes of a pipeline, replacing earlier ones."""

@@ -108,6 +108,7 @@ class CpuDevice:
     """All cores of this process's affinity mask, or `threads` of them."""
 
     kind = "cpu"
+    wide_residual = True
 
     def __init__(self, threads: int | None = None) -> None:
         cores = env.available_cores()

@@ -83,7 +83,9 @@ class Executor:
         self.sampler = sampler
         where = device.torch_device
         self._slices = pipeline.slices
-        self._activations = Activations.allocate(decoder.spec, pipeline.dense_batch, dtype, where)
+        self._activations = Activations.allocate(
+            decoder.spec, pipeline.dense_batch, dtype, where, torch.float32 if device.wide_residual else dtype
+        )
         self._stager = Stager(self._activations, where)
         self._last_tokens = torch.zeros(n_slots, dtype=torch.int32, device=where)
         self._logits = torch.empty(LOGIT_ROWS, decoder.spec.vocab_size, dtype=torch.float32, device=where)

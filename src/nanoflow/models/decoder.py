@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nanoflow.core.model_spec import ModelSpec
@@ -149,8 +150,9 @@ class Decoder:
     def lm_head(self, x_td: Tensor, rows: Tensor, logits_sv: Tensor) -> None:
         """Final norm and float32 logits of the residual rows `rows` (int, S) into `logits_sv` (S, vocabulary)."""
         picked_sd = x_td.index_select(0, rows)
-        self.kernels.rms_norm(picked_sd, self.weights.final_norm_d, self.spec.norm_eps, picked_sd)
-        self.kernels.linear(picked_sd, self.weights.lm_head, logits_sv)
+        normed_sd = torch.empty_like(picked_sd, dtype=self.weights.final_norm_d.dtype)
+        self.kernels.rms_norm(picked_sd, self.weights.final_norm_d, self.spec.norm_eps, normed_sd)
+        self.kernels.linear(normed_sd, self.weights.lm_head, logits_sv)
 
 
 def weight_bytes(weights: DecoderWeights) -> int:

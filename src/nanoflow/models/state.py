@@ -19,7 +19,11 @@ from nanoflow.kernels.base import AttentionPlan
 
 @dataclass(frozen=True)
 class Activations:
-    """Rows of the dense batch's buffers. `x` is the residual stream, `h` a normed copy of it."""
+    """Rows of the dense batch's buffers. `x` is the residual stream, `h` a normed copy of it.
+
+    The residual stream sums one term a sublayer, so rounding it to bfloat16 each time would be the largest error of a
+    forward pass; devices that can afford it keep it in float32.
+    """
 
     x_td: Tensor
     h_td: Tensor
@@ -29,14 +33,20 @@ class Activations:
     act_tf: Tensor
 
     @staticmethod
-    def allocate(spec: ModelSpec, n_tokens: int, dtype: torch.dtype, device: torch.device) -> Activations:
-        """Buffers for `n_tokens` rows; contents undefined."""
+    def allocate(
+        spec: ModelSpec,
+        n_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        residual_dtype: torch.dtype | None = None,
+    ) -> Activations:
+        """Buffers for `n_tokens` rows, the residual stream in `residual_dtype` (default `dtype`); contents undefined."""
 
         def buffer(width: int) -> Tensor:
             return torch.empty(n_tokens, width, dtype=dtype, device=device)
 
         return Activations(
-            x_td=buffer(spec.d_model),
+            x_td=torch.empty(n_tokens, spec.d_model, dtype=residual_dtype or dtype, device=device),
             h_td=buffer(spec.d_model),
             qkv_tn=buffer(spec.d_qkv),
             attn_tq=buffer(spec.d_q),

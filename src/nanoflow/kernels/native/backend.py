@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.kernels.base import AttentionPlan, ExpertWeights, LinearWeight
+from nanoflow.kernels.memory import lazy_zeros
 from nanoflow.kernels.native import bindings
 
 _ACCUMULATE, _OUT_F32, _BIAS_F32 = 1, 2, 4
@@ -40,6 +41,13 @@ class NativeKernels:
         self._expert_tables: dict[
             int, tuple[ExpertWeights, ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]
         ] = {}
+
+    def _is_wide(self, tensor: Tensor) -> bool:
+        """Whether an activation is float32; the only other type the kernels take is the weights'."""
+        if tensor.dtype is torch.float32:
+            return True
+        assert tensor.dtype is self._dtype
+        return False
 
     def linear_weight(self, weight_nk: Tensor) -> LinearWeight:
         """Repack into panels; the row-major original can be freed."""
@@ -83,7 +91,7 @@ class NativeKernels:
 
     def embed(self, token_ids_t: Tensor, table: LinearWeight, out_td: Tensor) -> None:
         """See `kernels.base.Kernels.embed`."""
-        assert token_ids_t.dtype is torch.int32 and token_ids_t.is_contiguous() and out_td.dtype is self._dtype
+        assert token_ids_t.dtype is torch.int32 and token_ids_t.is_contiguous()
         self._c.embed(
             token_ids_t.data_ptr(),
             token_ids_t.size(0),
@@ -92,11 +100,12 @@ class NativeKernels:
             table.k,
             out_td.data_ptr(),
             out_td.stride(0),
+            self._is_wide(out_td),
         )
 
     def rms_norm(self, x_td: Tensor, weight_d: Tensor, eps: float, out_td: Tensor) -> None:
         """See `kernels.base.Kernels.rms_norm`."""
-        assert x_td.dtype is self._dtype and weight_d.dtype is self._dtype and out_td.dtype is self._dtype
+        assert weight_d.dtype is self._dtype and out_td.dtype is self._dtype
         self._c.rms_norm(
             x_td.data_ptr(),
             x_td.stride(0),
@@ -106,6 +115,7 @@ class NativeKernels:
             x_td.size(0),
             weight_d.size(0),
             eps,
+            self._is_wide(x_td),
         )
 
     def rope_append(
@@ -192,7 +202,7 @@ class NativeKernels:
 
     def experts(self, x_td: Tensor, weights: ExpertWeights, out_td: Tensor) -> None:
         """See `kernels.base.Kernels.experts`."""
-        assert x_td.dtype is self._dtype and out_td.dtype is self._dtype
+        assert x_td.dtype is self._dtype
         known = self._expert_tables.get(id(weights))
         if known is None or known[0] is not weights:
             known = (weights, _addresses(weights.gate_up), _addresses(weights.down))
@@ -212,6 +222,7 @@ class NativeKernels:
             down,
             out_td.data_ptr(),
             out_td.stride(0),
+            self._is_wide(out_td),
         )
 
     def sample(
@@ -246,7 +257,7 @@ class NativeKernels:
         """Zeroed pages (n_pages, 2, n_kv_heads, page_tokens, head_dim rounded up to 16); see `src/attention.cpp`."""
         assert dtype is self._dtype and page_tokens % _LANES == 0
         padded = -(-head_dim // _LANES) * _LANES
-        return [torch.zeros(n_pages, 2, n_kv_heads, page_tokens, padded, dtype=dtype) for _ in range(n_layers)]
+        return [lazy_zeros((n_pages, 2, n_kv_heads, page_tokens, padded), dtype) for _ in range(n_layers)]
 
 
 def _addresses(weights: tuple[LinearWeight, ...]) -> ctypes.Array[ctypes.c_void_p]:

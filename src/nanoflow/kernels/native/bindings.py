@@ -18,12 +18,12 @@ _SIGNATURES: dict[str, list[Any]] = {
     "linear": [_P, _I, _I, _P, _I, _I, _P, _P, _I, _I],
     "packed_size": [_I, _I],
     "pack": [_P, _I, _I, _P],
-    "embed": [_P, _I, _P, _I, _I, _P, _I],
-    "rms_norm": [_P, _I, _P, _P, _I, _I, _I, _F],
+    "embed": [_P, _I, _P, _I, _I, _P, _I, _I],
+    "rms_norm": [_P, _I, _P, _P, _I, _I, _I, _F, _I],
     "silu_mul": [_P, _I, _P, _I, _I, _I],
     "rope_append": [_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _I, _P, _P, _F],
     "attention": [_P, _I, _P, _I, _P, _P, _P, _P, _I, _I, _P, _I, _I, _I, _I, _F, _I],
-    "experts": [_P, _I, _I, _I, _I, _P, _I, _I, _I, _P, _P, _P, _I],
+    "experts": [_P, _I, _I, _I, _I, _P, _I, _I, _I, _P, _P, _P, _I, _I],
 }
 _SAMPLE = [_P, _I, _I, _I, _P, _P, _P, _P, _P, _P]
 _GUMBEL = [_I, _I, _P]

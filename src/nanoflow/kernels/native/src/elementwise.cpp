@@ -19,19 +19,20 @@ float inverse_rms(const typename D::T* x, int64_t n, float eps) {
     return 1.0f / std::sqrt(total / float(n) + eps);
 }
 
-template <class D>
-void rms_norm(const typename D::T* x, int64_t ldx, const typename D::T* weight, typename D::T* out, int64_t ldo, int64_t rows,
+// X: element type of the input (the residual stream may be float32), D: of weight and output.
+template <class X, class D>
+void rms_norm(const typename X::T* x, int64_t ldx, const typename D::T* weight, typename D::T* out, int64_t ldo, int64_t rows,
               int64_t n, float eps) {
     parallel(threads_for(double(rows) * double(n), 3e4), [&](int thread, int n_threads) {
         int64_t r0, r1;
         share(rows, thread, n_threads, r0, r1);
         for (int64_t r = r0; r < r1; r++) {
-            const typename D::T* xr = x + r * ldx;
+            const typename X::T* xr = x + r * ldx;
             typename D::T* o = out + r * ldo;
-            const float inverse = inverse_rms<D>(xr, n, eps);
+            const float inverse = inverse_rms<X>(xr, n, eps);
             int64_t i = 0;
-            for (; i + LANES <= n; i += LANES) D::store(o + i, D::load(xr + i) * inverse * D::load(weight + i));
-            for (; i < n; i++) D::put(o + i, D::get(xr + i) * inverse * D::get(weight + i));
+            for (; i + LANES <= n; i += LANES) D::store(o + i, X::load(xr + i) * inverse * D::load(weight + i));
+            for (; i < n; i++) D::put(o + i, X::get(xr + i) * inverse * D::get(weight + i));
         }
     });
 }
@@ -121,8 +122,9 @@ void rope_append(const Rope& a) {
 
 #define NF_ELEMENTWISE(NAME, D)                                                                                            \
     NF_EXPORT void nf_rms_norm_##NAME(const void* x, int64_t ldx, const void* weight, void* out, int64_t ldo, int64_t rows, \
-                                      int64_t n, float eps) {                                                              \
-        rms_norm<D>((const D::T*)x, ldx, (const D::T*)weight, (D::T*)out, ldo, rows, n, eps);                              \
+                                      int64_t n, float eps, int64_t x_f32) {                                               \
+        if (x_f32) return rms_norm<F32, D>((const float*)x, ldx, (const D::T*)weight, (D::T*)out, ldo, rows, n, eps);      \
+        rms_norm<D, D>((const D::T*)x, ldx, (const D::T*)weight, (D::T*)out, ldo, rows, n, eps);                           \
     }                                                                                                                      \
     NF_EXPORT void nf_silu_mul_##NAME(const void* x, int64_t ldx, void* out, int64_t ldo, int64_t rows, int64_t f) {       \
         silu_mul<D>((const D::T*)x, ldx, (D::T*)out, ldo, rows, f);                                                        \

@@ -16,6 +16,7 @@ struct Experts {
     const void* const* down;
     void* out;
     int64_t ldo;
+    bool out_f32;
 };
 
 // Choose the n_active likeliest experts of a row of router logits (ties: the lower index) and their weights.
@@ -56,6 +57,7 @@ template <class D>
 void experts(const Experts& a) {
     typedef typename D::T T;
     const int64_t n_pairs = a.n_tokens * a.n_active;
+    auto out_get = [&](int64_t at) { return a.out_f32 ? ((const float*)a.out)[at] : D::get((const T*)a.out + at); };
     if (n_pairs <= 0) return;
     float* logits = (float*)scratch(0, size_t(a.n_tokens * a.n_experts + a.n_tokens * a.d + n_pairs) * 4);
     float* total = logits + a.n_tokens * a.n_experts;
@@ -67,7 +69,7 @@ void experts(const Experts& a) {
     for (int64_t t = 0; t < a.n_tokens; t++) {
         route(logits + t * a.n_experts, a.n_experts, a.n_active, a.normalise, chosen + t * a.n_active, weight + t * a.n_active);
         for (int64_t j = 0; j < a.n_active; j++) start[chosen[t * a.n_active + j] + 1]++;
-        for (int64_t i = 0; i < a.d; i++) total[t * a.d + i] = D::get((const T*)a.out + t * a.ldo + i);
+        for (int64_t i = 0; i < a.d; i++) total[t * a.d + i] = out_get(t * a.ldo + i);
     }
     int64_t most = 0;
     for (int64_t i = 0; i < a.n_experts; i++) most = std::max<int64_t>(most, start[i + 1]), start[i + 1] += start[i];
@@ -90,7 +92,11 @@ void experts(const Experts& a) {
         }
     }
     for (int64_t t = 0; t < a.n_tokens; t++)
-        for (int64_t i = 0; i < a.d; i++) D::put((T*)a.out + t * a.ldo + i, total[t * a.d + i]);
+        for (int64_t i = 0; i < a.d; i++) {
+            const int64_t at = t * a.ldo + i;
+            if (a.out_f32) ((float*)a.out)[at] = total[t * a.d + i];
+            else D::put((T*)a.out + at, total[t * a.d + i]);
+        }
 }
 
 }  // namespace
@@ -98,8 +104,9 @@ void experts(const Experts& a) {
 #define NF_EXPERTS(NAME, D)                                                                                               \
     NF_EXPORT void nf_experts_##NAME(const void* x, int64_t ldx, int64_t n_tokens, int64_t d, int64_t f, const void* router, \
                                      int64_t n_experts, int64_t n_active, int64_t normalise, const void* const* gate_up,  \
-                                     const void* const* down, void* out, int64_t ldo) {                                   \
-        experts<D>({x, ldx, n_tokens, d, f, router, n_experts, n_active, bool(normalise), gate_up, down, out, ldo});      \
+                                     const void* const* down, void* out, int64_t ldo, int64_t out_f32) {                  \
+        experts<D>({x, ldx, n_tokens, d, f, router, n_experts, n_active, bool(normalise), gate_up, down, out, ldo,        \
+                    bool(out_f32)});                                                                                      \
     }
 NF_EXPERTS(f32, F32)
 NF_EXPERTS(bf16, BF16)

@@ -193,8 +193,8 @@ void pack(const typename D::T* src, int64_t n, int64_t k, typename D::T* dst) {
     });
 }
 
-template <class D>
-void gather_rows(const int32_t* ids, int64_t m, const typename D::T* w, int64_t n, int64_t k, typename D::T* out, int64_t ldo) {
+template <class D, class Out>
+void gather_rows(const int32_t* ids, int64_t m, const typename D::T* w, int64_t n, int64_t k, typename Out::T* out, int64_t ldo) {
     parallel(threads_for(double(m) * double(k), 2e4), [&](int thread, int n_threads) {
         int64_t r0, r1;
         share(m, thread, n_threads, r0, r1);
@@ -202,7 +202,7 @@ void gather_rows(const int32_t* ids, int64_t m, const typename D::T* w, int64_t 
             int64_t id = ids[r], stride;
             if (id < 0 || id >= n) id = 0;
             const typename D::T* src = w + panel_offset<D>(n, k, id / LANES, stride) + id % LANES * D::PAIR;
-            for (int64_t i = 0; i < k; i++) out[r * ldo + i] = src[i / D::PAIR * stride + i % D::PAIR];
+            for (int64_t i = 0; i < k; i++) Out::put(out + r * ldo + i, D::get(src + i / D::PAIR * stride + i % D::PAIR));
         }
     });
 }
@@ -219,8 +219,10 @@ void gather_rows(const int32_t* ids, int64_t m, const typename D::T* w, int64_t 
     NF_EXPORT void nf_pack_##NAME(const void* src, int64_t n, int64_t k, void* dst) {                                   \
         pack<D>((const D::T*)src, n, k, (D::T*)dst);                                                                    \
     }                                                                                                                   \
-    NF_EXPORT void nf_embed_##NAME(const int32_t* ids, int64_t m, const void* w, int64_t n, int64_t k, void* out, int64_t ldo) { \
-        gather_rows<D>(ids, m, (const D::T*)w, n, k, (D::T*)out, ldo);                                                  \
+    NF_EXPORT void nf_embed_##NAME(const int32_t* ids, int64_t m, const void* w, int64_t n, int64_t k, void* out,        \
+                                   int64_t ldo, int64_t out_f32) {                                                      \
+        if (out_f32) return gather_rows<D, F32>(ids, m, (const D::T*)w, n, k, (float*)out, ldo);                        \
+        gather_rows<D, D>(ids, m, (const D::T*)w, n, k, (D::T*)out, ldo);                                               \
     }
 NF_LINEAR(f32, F32)
 NF_LINEAR(bf16, BF16)
