@@ -27,6 +27,11 @@ class Op(StrEnum):
     EXPERTS = "experts"  # norm, router, chosen experts; adds to the residual stream (a dense layer of a MoE model too)
     LM_HEAD = "lm_head"  # final norm and logits of the rows that sample (after the last layer)
     SAMPLE = "sample"  # logits → tokens
+    ATTENTION_GATHER = "attention_gather"  # all-gather of the attention output (tensor parallel)
+    O_COLUMN = "o_column"  # output projection split by output columns, on a gathered attention output
+    O_GATHER = "o_gather"  # all-gather of the output columns; adds to the residual stream
+    O_REDUCE = "o_reduce"  # all-reduce of the partial sums of `O`; adds to the residual stream
+    FFN_REDUCE = "ffn_reduce"  # all-reduce of the partial sums of `DOWN` or `EXPERTS`; adds to the residual stream
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
@@ -45,6 +50,11 @@ RESOURCE: dict[Op, Resource] = {
     Op.EXPERTS: Resource.COMPUTE,
     Op.LM_HEAD: Resource.COMPUTE,
     Op.SAMPLE: Resource.MEMORY,
+    Op.ATTENTION_GATHER: Resource.NETWORK,
+    Op.O_COLUMN: Resource.COMPUTE,
+    Op.O_GATHER: Resource.NETWORK,
+    Op.O_REDUCE: Resource.NETWORK,
+    Op.FFN_REDUCE: Resource.NETWORK,
     Op.ALL_REDUCE: Resource.NETWORK,
     Op.ALL_GATHER: Resource.NETWORK,
     Op.REDUCE_SCATTER: Resource.NETWORK,
@@ -52,3 +62,12 @@ RESOURCE: dict[Op, Resource] = {
     Op.KV_RELOAD: Resource.COPY,
 }
 """The dominant resource of each operation at the batch sizes that serving runs at."""
+
+KIND: dict[Op, Op] = {
+    Op.ATTENTION_GATHER: Op.ALL_GATHER,
+    Op.O_COLUMN: Op.O,
+    Op.O_GATHER: Op.ALL_GATHER,
+    Op.O_REDUCE: Op.ALL_REDUCE,
+    Op.FFN_REDUCE: Op.ALL_REDUCE,
+}
+"""What an operation of a tensor-parallel layer is made of: whose time it takes where it was not measured itself."""

@@ -10,8 +10,11 @@ from nanoflow.pipeline.pipeline import LaneSpec, NanoOp, Pipeline
 
 
 def sequential(graph: LayerGraph, dense_batch: int) -> Pipeline:
-    """One operation after the other, each on the whole dense batch, on one lane with the whole device."""
-    nano_ops = tuple(NanoOp(op, 0, dense_batch, "main") for op in graph.ops)
+    """One operation after the other, each on the whole dense batch, on one lane with the whole device.
+
+    Of equivalent forms it takes the first.
+    """
+    nano_ops = tuple(NanoOp(op, 0, dense_batch, "main") for op in graph.ops_of_form())
     return Pipeline("sequential", dense_batch, (LaneSpec("main"),), nano_ops)
 
 
@@ -24,5 +27,5 @@ def nano_batches(graph: LayerGraph, dense_batch: int, boundaries: Sequence[int])
     if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
         raise PipelineError(f"boundaries must rise strictly between 0 and {dense_batch}, got {list(boundaries)}.")
     cuts = list(zip(edges, edges[1:], strict=False))
-    nano_ops = tuple(NanoOp(op, start, stop, "main") for op in graph.ops for start, stop in cuts)
+    nano_ops = tuple(NanoOp(op, start, stop, "main") for op in graph.ops_of_form() for start, stop in cuts)
     return Pipeline("nano-batches", dense_batch, (LaneSpec("main"),), nano_ops)

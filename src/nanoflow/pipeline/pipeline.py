@@ -1,7 +1,7 @@
 """The Pipeline: the one thing that search and execution share.
 
 It says how a layer's operations are cut into nano-operations, in which order they are launched and on which lane,
-and which share of the device each lane has. It is plain data with a JSON form (`docs/architecture.md` describes it).
+and which share of the device each lane has. It is plain data with a JSON form (`docs/pipeline-format.md` describes it).
 Everything else, such as what must wait for what, follows from the model's op graph.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.core.errors import PipelineError
+from nanoflow.core.ops import Op
 from nanoflow.core.ops import Op
 from nanoflow.pipeline.graph import Edge, LayerGraph, Scope
 
@@ -28,10 +29,20 @@ class LaneSpec:
 
 
 @dataclass(frozen=True)
+class Dependency:
+    """Nano-operation `producer` (an index) must be done; `layer_back` is 1 when it belongs to the layer before."""
+
+    producer: int
+    layer_back: int = 0
+
+
+@dataclass(frozen=True)
 class NanoOp:
     """`op` on rows [start, stop) of the dense batch, launched on lane `lane`.
 
-    `variant` names an implementation or an equivalent form where the op has several; empty takes the default.
+    `variant` names an implementation where the op has several; empty takes the default. `after` names what must
+    be done first although nothing of it is read: so two nano-operations of one resource, or whose lanes' shares exceed the
+    device together, never run at once.
     """
 
     op: Op
@@ -39,14 +50,7 @@ class NanoOp:
     stop: int
     lane: str
     variant: str = ""
-
-
-@dataclass(frozen=True)
-class Dependency:
-    """Nano-operation `producer` (an index) must be done; `layer_back` is 1 when it belongs to the layer before."""
-
-    producer: int
-    layer_back: int = 0
+    after: tuple[Dependency, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,30 +73,32 @@ class Pipeline:
         return tuple(sorted({(n.start, n.stop) for n in self.nano_ops}))
 
     def dependencies(self, graph: LayerGraph) -> tuple[tuple[Dependency, ...], ...]:
-        """For each nano-operation, those that must be done before it may start."""
+        """For each nano-operation, those that must be done before it may start: what it reads, then its `after`."""
         by_op: dict[Op, list[int]] = {}
         for index, nano in enumerate(self.nano_ops):
             by_op.setdefault(nano.op, []).append(index)
-        return tuple(
-            tuple(
+        needed: list[tuple[Dependency, ...]] = []
+        for nano in self.nano_ops:
+            read = [
                 Dependency(producer, int(edge.next_layer))
                 for edge in graph.producers(nano.op)
                 for producer in by_op.get(edge.producer, [])
                 if _must_wait(nano, self.nano_ops[producer], edge)
-            )
-            for nano in self.nano_ops
-        )
+            ]
+            needed.append(tuple(dict.fromkeys([*read, *nano.after])))
+        return tuple(needed)
 
     def validate(self, graph: LayerGraph) -> None:
         """Raise `PipelineError` unless this pipeline computes exactly the layer that `graph` describes."""
         self._check_lanes()
         self._check_coverage(graph)
+        self._check_after()
         for index, needed in enumerate(self.dependencies(graph)):
             for dep in needed:
                 if not dep.layer_back and dep.producer >= index:
                     first, then = self.nano_ops[dep.producer], self.nano_ops[index]
                     raise PipelineError(
-                        f"{_label(then)} is launched before {_label(first)}, whose result it reads; move it after."
+                        f"{_label(then)} is launched before {_label(first)}, which it waits for; move it after."
                     )
 
     def _check_lanes(self) -> None:
@@ -112,15 +118,39 @@ class Pipeline:
         foreign = {nano.op for nano in self.nano_ops} - set(graph.ops)
         if foreign:
             raise PipelineError(f"ops {sorted(foreign)} are not part of this model's layer ({', '.join(graph.ops)}).")
-        for op in graph.ops:
-            rows = sorted((nano.start, nano.stop) for nano in self.nano_ops if nano.op == op)
-            position = 0
-            for start, stop in rows:
-                if start != position or stop <= start:
-                    raise PipelineError(f"{op} must cover rows 0 to {self.dense_batch} once and in full, got {rows}.")
-                position = stop
-            if position != self.dense_batch:
-                raise PipelineError(f"{op} must cover rows 0 to {self.dense_batch} once and in full, got {rows}.")
+        for op in graph.common_ops:
+            self._check_rows(str(op), self._rows(op))
+        if graph.forms:
+            for form in graph.forms:
+                self._check_form(form)
+            rows = [row for form in graph.forms for row in self._rows(form[0])]
+            self._check_rows(" or ".join(form[0] for form in graph.forms), sorted(rows))
+
+    def _rows(self, op: Op) -> list[tuple[int, int]]:
+        return sorted((nano.start, nano.stop) for nano in self.nano_ops if nano.op == op)
+
+    def _check_rows(self, what: str, rows: list[tuple[int, int]]) -> None:
+        position = 0
+        for start, stop in [*rows, (self.dense_batch, self.dense_batch + 1)]:
+            if start != position or stop <= start:
+                raise PipelineError(f"{what} must cover rows 0 to {self.dense_batch} once and in full, got {rows}.")
+            position = stop
+
+    def _check_form(self, form: Form) -> None:
+        """All ops of a form work on the same rows (each may cut them its own way)."""
+        covered = [_merged(self._rows(op)) for op in form]
+        if any(rows != covered[0] for rows in covered):
+            found = ", ".join(f"{op} {rows}" for op, rows in zip(form, covered, strict=True))
+            raise PipelineError(f"{' → '.join(form)} must work on the same rows, got {found}.")
+
+    def _check_after(self) -> None:
+        for nano in self.nano_ops:
+            for dep in nano.after:
+                if not 0 <= dep.producer < len(self.nano_ops) or dep.layer_back not in (0, 1):
+                    raise PipelineError(
+                        f"{_label(nano)} waits for nano-operation {dep.producer}, {dep.layer_back} layers back; "
+                        f"give an index below {len(self.nano_ops)} and 0 or 1 layers."
+                    )
 
     def to_json(self) -> str:
         """The JSON form; `from_json` reads it back equal."""
@@ -135,33 +165,62 @@ class Pipeline:
                 raise PipelineError(f"pipeline format {data.get('format')!r} is not {FORMAT_VERSION}; make it anew.")
             return cls(
                 name=str(data["name"]),
-                dense_batch=int(data["dense_batch"]),
+                dense_batch=_whole(data["dense_batch"]),
                 lanes=tuple(LaneSpec(str(lane["name"]), float(lane["share"])) for lane in data["lanes"]),
-                nano_ops=tuple(
-                    NanoOp(Op(n["op"]), int(n["start"]), int(n["stop"]), str(n["lane"]), str(n.get("variant", "")))
-                    for n in data["nano_ops"]
-                ),
+                nano_ops=tuple(_read_nano_op(nano) for nano in data["nano_ops"]),
                 meta=dict(data.get("meta", {})),
             )
         except PipelineError:
             raise
         except KeyError as error:
             raise PipelineError(f"the pipeline lacks field {error}.") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise PipelineError(f"the pipeline is not valid JSON of a Pipeline: {error}.") from error
 
     def save(self, path: Path) -> None:
-        path.write_text(self.to_json() + "\n")
+        """Write the JSON form to `path`."""
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Pipeline:
         """Read a pipeline file. Raises `PipelineError` naming the file."""
         try:
-            return cls.from_json(path.read_text())
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise PipelineError(f"cannot read pipeline file {path}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise PipelineError(f"{path} is not a text file; give a Pipeline in JSON.") from error
         except PipelineError as error:
             raise PipelineError(f"{path}: {error}") from error
+
+
+def _read_nano_op(data: dict[str, Any]) -> NanoOp:
+    after = tuple(Dependency(_whole(dep["producer"]), _whole(dep["layer_back"])) for dep in data.get("after", ()))
+    return NanoOp(
+        op=Op(data["op"]),
+        start=_whole(data["start"]),
+        stop=_whole(data["stop"]),
+        lane=str(data["lane"]),
+        variant=str(data.get("variant", "")),
+        after=after,
+    )
+
+
+def _merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges with touching ones joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in rows:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PipelineError(f"rows, indices and dense_batch are whole numbers, not {value!r}.")
+    return value
 
 
 def _must_wait(consumer: NanoOp, producer: NanoOp, edge: Edge) -> bool:
