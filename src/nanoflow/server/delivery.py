@@ -49,7 +49,7 @@ def _failed(delta: OutputDelta) -> bool:
 
 
 def _failure(delta: OutputDelta) -> ApiError:
-    """The error that a failed delta tells of. The engine's own words may quote an exception, so only the log has them."""
+    """The error that a failed delta tells of. The engine's words may quote an exception: only the log has them."""
     if delta.finish_reason == "abort":
         return shutting_down()
     log.error("request %s failed: %s", delta.request_id, delta.error)
