@@ -5,70 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from nanoflow.core.batch import LogprobArrays, SamplingPlan
-from nanoflow.core.config import EngineConfig
 from nanoflow.core.sampling import SamplingParams
-from nanoflow.engine.build import Engine, build_engine
+from nanoflow.engine.build import Engine
 from nanoflow.engine.sampler import LogitsSampler
 from nanoflow.executor.executor import Executor
-from nanoflow.kernels.registry import available
-
-transformers = pytest.importorskip("transformers")
-
-VOCAB = 320
-TINY: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama2-mha": ("Llama", {"num_key_value_heads": 4}),
-    "llama3-scaled": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
-    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "smollm2-tied": (
-        "Llama",
-        {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 96},
-    ),
-    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 32}),
-    "mistral-window": ("Mistral", {"sliding_window": 9}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 24}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
-    "qwen3-moe": (
-        "Qwen3Moe",
-        {
-            "num_experts": 6,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 48,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [1],
-            "decoder_sparse_step": 1,
-            "head_dim": 16,
-        },
-    ),
-}
-BACKENDS = [name for name, refusal in available("cpu", torch.float32) if refusal is None]
+from tests.e2e.tiny_models import ARCHITECTURES, BACKENDS, make_tiny_engine, prompt_of, run, save_tiny_model
 
 
 class RecordingSampler(LogitsSampler):
@@ -91,46 +37,17 @@ class RecordingSampler(LogitsSampler):
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
 def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A saved random model of one architecture, and transformers' own instance of it."""
-    family, changes = ARCHITECTURES[request.param]
-    torch.manual_seed(len(request.param))
-    config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
-    config._attn_implementation = "eager"
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms and biases are constant at initialisation and would hide mistakes
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            elif "embed" not in name:
-                parameter.mul_(3.0)  # larger than trained models', so that attention is far from uniform
     folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    return folder, model
+    return folder, save_tiny_model(request.param, folder)
 
 
 def make_engine(folder: Path, kernels: str, **options: Any) -> tuple[Engine, RecordingSampler]:
-    config = EngineConfig.from_options(
-        model=str(folder), tokenizer="bytes", dtype="float32", kernels=kernels, kv_memory_bytes=1 << 22, **options
-    )
-    engine = build_engine(config, show_progress=False)
+    engine = make_tiny_engine(folder, kernels, **options)
     executor = engine.core._launcher
     assert isinstance(executor, Executor)
     recorder = RecordingSampler(executor.sampler)  # type: ignore[arg-type]
     executor.sampler = recorder
     return engine, recorder
-
-
-def run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
-    sequences = [engine.submission.sequences(prompt, params)[0] for prompt in prompts]
-    for sequence in sequences:
-        engine.core.add(sequence)
-    in_flight = None
-    while engine.core.has_work or in_flight is not None:
-        in_flight = engine.core.step(in_flight)
-    return [sequence.output_ids for sequence in sequences]
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
 
 
 def reference_logits(model: Any, tokens: list[int]) -> Tensor:
