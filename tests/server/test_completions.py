@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from tests.server.conftest import RunningServer
-from tests.server.fake_engine import ANSWER, MODEL
+from tests.server.fake_engine import ANSWER, MODEL, FakeTokenizer, table
+
+from nanoflow.core.request import OutputDelta
+from nanoflow.server.answers import CompletionAnswer
 
 
 @pytest.mark.parametrize(
@@ -117,3 +121,16 @@ def test_best_of_and_suffix(client: openai.OpenAI) -> None:
 def test_long_texts_are_tokenised_off_the_loop(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt=["a" * 4000] * 3, max_tokens=2)
     assert [choice.text for choice in answer.choices] == [ANSWER[:2]] * 3
+
+
+def test_choices_wait_for_the_log_probabilities_of_an_echoed_prompt() -> None:
+    """They come with choice 0; text of choice 1 that is there before is held, not lost."""
+    answer = CompletionAnswer(MODEL, FakeTokenizer(), n=2, n_logprobs=0, echo_texts=["a"], echo_ids=[[97]])
+    early = OutputDelta("r", 1, "P", [80], [table(80, 0)])
+    assert answer.chunks(early) == []
+    first = OutputDelta("r", 0, "Q", [81], [table(81, 0)], prompt_logprobs=[None])
+    choices = [json.loads(chunk)["choices"][0] for chunk in answer.chunks(first)]
+    assert [(choice["index"], choice["text"], choice["logprobs"]["tokens"]) for choice in choices] == [
+        (0, "aQ", ["a", "Q"]),
+        (1, "aP", ["a", "P"]),
+    ]
