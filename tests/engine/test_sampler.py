@@ -1,0 +1,201 @@
+"""The sampler around the kernels: penalties, biases, log-probabilities, and plans cut into blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nanoflow.core.batch import PenaltyPlan, PenaltyReset, SamplingPlan
+from nanoflow.engine.sampler import LogitsSampler, PenaltyTable
+from nanoflow.executor.executor import LOGIT_ROWS, Executor
+from nanoflow.kernels.registry import available, create
+
+VOCAB = 50
+CPU = torch.device("cpu")
+BACKENDS = [name for name, refusal in available("cpu", torch.float32) if refusal is None]
+
+
+def ints(values: Sequence[int]) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+def floats(values: Sequence[float]) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def plan(n: int, seed: int = 0, **changes: Any) -> SamplingPlan:
+    """Rows of every kind: greedy and random, truncated and not."""
+    rng = np.random.default_rng(seed)
+    base = SamplingPlan(
+        token_rows=ints(range(n)),
+        slots=ints(range(n)),
+        temperature=floats(rng.choice([0.0, 0.7, 1.3], n)),
+        top_k=ints(rng.choice([0, 3, 20], n)),
+        top_p=floats(rng.choice([1.0, 0.8], n)),
+        min_p=floats(rng.choice([0.0, 0.05], n)),
+        keys=rng.integers(-(2**63), 2**63 - 1, n),
+        n_logprobs=ints([-1] * n),
+        bias_rows=ints([]),
+        bias_tokens=ints([]),
+        bias_values=floats([]),
+    )
+    return replace(base, **changes)
+
+
+def penalties(rows: Sequence[int], resets: tuple[PenaltyReset, ...] = (), **changes: float) -> PenaltyPlan:
+    n = len(rows)
+    values = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0, **changes}
+    return PenaltyPlan(ints(rows), **{name: floats([value] * n) for name, value in values.items()}, resets=resets)
+
+
+def logits_of(n: int, seed: int = 1) -> Tensor:
+    return torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def make_sampler(kernels: str = BACKENDS[0]) -> LogitsSampler:
+    return LogitsSampler(create(kernels, "cpu", torch.float32), VOCAB, CPU)
+
+
+def test_penalties_change_what_they_say() -> None:
+    table = PenaltyTable(VOCAB, CPU)
+    reset = PenaltyReset(0, prompt_ids=ints([1, 2]), output_ids=ints([2, 3, 3]))
+    both = penalties([0, -1], (reset,), repetition=2.0, presence=0.5, frequency=0.25)
+    table.reset(both)
+    logits = torch.ones(2, VOCAB)
+    logits[:, 3] = -1.0
+    table.apply(logits, both)
+    assert logits[0, 0] == 1.0
+    assert logits[0, 1] == 0.5, "in the prompt: repetition alone"
+    assert logits[0, 2] == 0.5 - 0.5 - 0.25
+    assert logits[0, 3] == -2.0 - 0.5 - 2 * 0.25, "negative logits are multiplied"
+    assert logits[1].tolist() == [1.0] * 3 + [-1.0] + [1.0] * (VOCAB - 4), "no row, no penalty"
+    table.count(torch.tensor([0, 0], dtype=torch.int32), both)
+    again = torch.ones(2, VOCAB)
+    table.apply(again, both)
+    assert again[0, 0] == 0.5 - 0.5 - 0.25
+
+
+def test_penalty_rows_are_filled_anew_and_grow() -> None:
+    table = PenaltyTable(VOCAB, CPU)
+    table.reset(penalties([0], (PenaltyReset(0, ints([5]), ints([5])),)))
+    table.reset(penalties([0, 9], (PenaltyReset(9, ints([7]), ints([7, 7])),)))
+    logits = torch.zeros(2, VOCAB)
+    table.apply(logits, penalties([0, 9], frequency=1.0))
+    assert (logits[0, 5], logits[1, 7], logits.sum()) == (-1.0, -2.0, -3.0)
+    table.reset(penalties([0], (PenaltyReset(0, ints([1]), ints([])),)))
+    logits = torch.zeros(1, VOCAB)
+    table.apply(logits, penalties([0], frequency=1.0, presence=1.0))
+    assert logits.abs().sum() == 0.0, "the request before left nothing behind"
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_greedy_bias_and_bans(kernels: str) -> None:
+    logits = logits_of(3)
+    best = logits.argmax(dim=1).tolist()
+    other = (best[0] + 1) % VOCAB
+    rows = plan(
+        3,
+        temperature=floats([0, 0, 0]),
+        bias_rows=ints([0, 1]),
+        bias_tokens=ints([other, best[1]]),
+        bias_values=floats([100.0, -np.inf]),
+    )
+    tokens = torch.empty(3, dtype=torch.int32)
+    assert make_sampler(kernels).sample(logits.clone(), rows, tokens) is None
+    second = logits[1].topk(2).indices[1].item()
+    assert tokens.tolist() == [other, second, best[2]]
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_logprobs_are_those_of_the_unchanged_logits(kernels: str) -> None:
+    logits = logits_of(4)
+    rows = plan(
+        4,
+        n_logprobs=ints([2, -1, 0, 5]),
+        any_logprobs=True,
+        bias_rows=ints([0]),
+        bias_tokens=ints([13]),
+        bias_values=floats([100.0]),
+    )
+    tokens = torch.empty(4, dtype=torch.int32)
+    arrays = make_sampler(kernels).sample(logits.clone(), rows, tokens)
+    assert arrays is not None and tokens[0] == 13
+    wanted = logits.log_softmax(dim=1)
+    for row, token in enumerate(tokens.tolist()):
+        assert arrays.chosen[row] == pytest.approx(wanted[row, token].item(), abs=1e-5)
+        assert arrays.rank[row] == 1 + (wanted[row] > wanted[row, token]).sum()
+        assert arrays.top_ids[row].tolist() == wanted[row].topk(5).indices.tolist()
+
+
+class _Decoder:
+    """Stands in for the model: the logits of token row r are row r of a fixed matrix."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def lm_head(self, x_td: Tensor, rows: Tensor, out: Tensor) -> None:
+        out.copy_(self.logits[rows.long()])
+
+
+def executor_of(logits: Tensor) -> Executor:
+    """An executor's sampling half alone."""
+    executor = object.__new__(Executor)
+    executor.decoder = _Decoder(logits)  # type: ignore[assignment]
+    executor.sampler = make_sampler()
+    executor._last_tokens = torch.zeros(len(logits), dtype=torch.int32)
+    executor._logits = torch.empty(LOGIT_ROWS, VOCAB)
+    from types import SimpleNamespace
+
+    executor._stager = SimpleNamespace(tensor=torch.from_numpy)  # type: ignore[assignment]
+    executor._activations = SimpleNamespace(x_td=None)  # type: ignore[assignment]
+    return executor
+
+
+def test_many_rows_are_sampled_in_blocks_as_if_in_one() -> None:
+    n = 2 * LOGIT_ROWS + 37
+    logits, rng = logits_of(n), np.random.default_rng(3)
+    n_logprobs = np.where(np.arange(n) < LOGIT_ROWS, 1, np.where(np.arange(n) < 2 * LOGIT_ROWS, -1, 4))
+    resets = tuple(PenaltyReset(r, ints([r % VOCAB]), ints([(r + 1) % VOCAB] * 3)) for r in range(n))
+    biased = ints(rng.choice(n, 60, replace=False))
+    whole = plan(
+        n,
+        token_rows=ints(rng.permutation(n)),
+        slots=ints(rng.permutation(n)),
+        n_logprobs=n_logprobs.astype(np.int32),
+        any_logprobs=True,
+        penalties=replace(
+            penalties([r if r % 3 else -1 for r in range(n)], resets, repetition=1.4, frequency=0.7),
+            presence=floats(rng.uniform(-1, 1, n)),
+        ),
+        bias_rows=biased,
+        bias_tokens=ints(rng.integers(0, VOCAB, 60)),
+        bias_values=floats(rng.uniform(-5, 5, 60)),
+    )
+    executor = executor_of(logits)
+    for _ in range(2):  # the second time with the first time's counts
+        tokens, arrays = executor._sample(whole)
+        whole = replace(whole, penalties=replace(whole.penalties, resets=()))  # type: ignore[type-var]
+    plain = make_sampler()
+    plain._penalties.reset(penalties([0], resets))
+    for _ in range(2):
+        wanted = torch.empty(n, dtype=torch.int32)
+        expected = plain.sample(logits[torch.from_numpy(whole.token_rows).long()], whole, wanted)
+    assert tokens.tolist() == wanted.tolist()
+    assert executor._last_tokens[torch.from_numpy(whole.slots).long()].tolist() == wanted.tolist()
+    assert arrays is not None and expected is not None
+    np.testing.assert_allclose(arrays.chosen, expected.chosen, rtol=1e-6)
+    assert arrays.rank.tolist() == expected.rank.tolist()
+    for row, count in enumerate(n_logprobs.tolist()):
+        width = max(count, 0)
+        assert arrays.top_ids[row, :width].tolist() == expected.top_ids[row, :width].tolist()
+
+
+def test_nothing_to_sample() -> None:
+    tokens, arrays = executor_of(logits_of(2))._sample(plan(0))
+    assert len(tokens) == 0 and arrays is None
