@@ -1,4 +1,4 @@
-"""Rates of the CPU kernels beside torch's own, for SmolLM2's shapes: matrix products, attention, sampling, call overhead.
+"""Rates of the CPU kernels beside torch's own, for SmolLM2's shapes: matrix products, attention, sampling, overhead.
 
     OMP_NUM_THREADS=2 python benchmarks/kernels_cpu.py [--dtype bfloat16] [--quick]
 
@@ -23,6 +23,15 @@ SHAPES = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (5
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 COLD_BYTES = 200e6
+ATTENTION_CASES = [  # requests, queries of each, context of each
+    (1, 512, 512),
+    (1, 2048, 2048),
+    (4, 128, 1024),
+    (64, 1, 256),
+    (64, 1, 1024),
+    (1, 1, 1024),
+    (1, 1, 8192),
+]
 
 
 def best_seconds(run: Callable[[], None], repetitions: int) -> float:
@@ -81,8 +90,10 @@ def attention_case(
 
 
 def attention_rates(kernels: Kernels, dtype: torch.dtype, repetitions: int) -> None:
-    print(f"\nattention, {dtype}, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}: GFLOP/s (causal half) and GB/s of KV, ours | torch")
-    for n_requests, query, context in [(1, 512, 512), (1, 2048, 2048), (4, 128, 1024), (64, 1, 256), (64, 1, 1024), (1, 1, 1024), (1, 1, 8192)]:
+    print(
+        f"\nattention, {dtype}, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}: GFLOP/s (causal), GB/s of KV, ms, ours | torch"
+    )
+    for n_requests, query, context in ATTENTION_CASES:
         run, kv = attention_case(kernels, dtype, n_requests, query, context)
         flops = 4.0 * n_requests * HEADS * HEAD_DIM * query * (context - (query - 1) / 2)
         kv_bytes = 2.0 * n_requests * context * KV_HEADS * HEAD_DIM * dtype.itemsize
@@ -97,7 +108,8 @@ def attention_rates(kernels: Kernels, dtype: torch.dtype, repetitions: int) -> N
         for function in (run, theirs):
             seconds = best_seconds(function, repetitions * 3)
             cells.append(f"{1e-9 * flops / seconds:6.1f} {1e-9 * kv_bytes / seconds:6.1f} {1e3 * seconds:7.3f} ms")
-        print(f"  {n_requests:3} requests x {query:4} queries, context {context:4}   {cells[0]} | {cells[1]}", flush=True)
+        label = f"{n_requests:3} requests x {query:4} queries, context {context:4}"
+        print(f"  {label}   {cells[0]} | {cells[1]}", flush=True)
         del kv
 
 

@@ -63,8 +63,8 @@ class AttentionPlan:
 class Kernels(Protocol):
     """What a backend offers. Every `out` is written, never read, unless the name of an argument says `accumulate`.
 
-    The residual stream may be float32 beside weights of another type: it is `embed`'s and `experts`' `out`, `rms_norm`'s
-    `x`, and `linear`'s `out`.
+    The residual stream may be float32 beside weights of another type: it is `embed`'s and `experts`' `out`,
+    `rms_norm`'s `x`, and `linear`'s `out`.
     """
 
     name: str

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.kernels.base import AttentionPlan, ExpertWeights, LinearWeight
-from nanoflow.kernels.memory import lazy_zeros
+from nanoflow.kernels.memory import Arena, lazy_zeros
 from nanoflow.kernels.native import bindings
 
 _ACCUMULATE, _OUT_F32, _BIAS_F32 = 1, 2, 4
@@ -38,6 +38,7 @@ class NativeKernels:
         self._dtype = dtype
         self._c = bindings.functions(dtype)
         self._linear = self._c.linear
+        self._arena = Arena()
         self._expert_tables: dict[
             int, tuple[ExpertWeights, ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]
         ] = {}
@@ -53,7 +54,7 @@ class NativeKernels:
         """Repack into panels; the row-major original can be freed."""
         n, k = weight_nk.shape
         source = weight_nk.detach().to(self._dtype).contiguous()
-        packed = torch.empty(self._c.packed_size(n, k), dtype=self._dtype)
+        packed = self._arena.empty(self._c.packed_size(n, k), self._dtype)
         self._c.pack(source.data_ptr(), n, k, packed.data_ptr())
         return LinearWeight(n, k, self._dtype, PackedWeight(packed, packed.data_ptr()))
 

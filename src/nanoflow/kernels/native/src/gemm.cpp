@@ -3,10 +3,6 @@
 // rows reuse a 64-column group from the L2 cache while the next group is prefetched.
 #include "gemm.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 template <class D>
@@ -172,11 +168,6 @@ namespace {
 template <class D>
 void pack(const typename D::T* src, int64_t n, int64_t k, typename D::T* dst) {
     const int64_t panels = n_panels(n);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    uintptr_t begin = ((uintptr_t)dst + (2 << 20) - 1) >> 21 << 21;
-    uintptr_t end = (uintptr_t)(dst + panels * LANES * packed_k(k, D::PAIR)) >> 21 << 21;
-    if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
     parallel(threads_for(double(n) * double(k), 1e5), [&](int thread, int n_threads) {
         int64_t p0, p1;
         share(panels, thread, n_threads, p0, p1);
