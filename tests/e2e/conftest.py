@@ -1,0 +1,51 @@
+"""The packaged real model, loaded once for all tests of this folder, by us and by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from nanoflow.engine.llm import LLM
+from nanoflow.models.registry import resolve_model
+
+
+@pytest.fixture(scope="session")
+def llm() -> Iterator[LLM]:
+    """SmolLM2 in float32, with batches small enough that most prompts are chunked."""
+    with LLM("smollm2", dtype="float32", dense_batch=128, kv_memory_bytes=1 << 29, show_progress=False) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def hf_model() -> Any:
+    """transformers' Llama with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    files = resolve_model("smollm2")
+    spec, source = files.spec, files.open_weights()
+    config = transformers.LlamaConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.d_model,
+        intermediate_size=spec.d_ff,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads,
+        num_key_value_heads=spec.n_kv_heads,
+        max_position_embeddings=spec.max_context_tokens,
+        rms_norm_eps=spec.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope.theta},
+        tie_word_embeddings=spec.tie_embeddings,
+    )
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    state = {name: source.read(name).float() for name in source.names()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    model.tie_weights()
+    return model
+
+
+def hf_logits(model: Any, tokens: list[int]) -> torch.Tensor:
+    """float32 logits (tokens, vocabulary) of one sequence."""
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
