@@ -97,8 +97,10 @@ class Instance:
         """Precedences that hold before any decision."""
         return tuple(dict.fromkeys((*self.reads, *self.row_order)))
 
-    def least_back(self) -> np.ndarray:
+    def least_back(self, decided: Sequence[Precedence] = ()) -> np.ndarray:
         """[i, j]: the least h for which j always starts after i of h layers before, by what is known and by in-order lanes.
+
+        `decided` precedences count as known.
 
         Lanes work on layers in order, so a task of layer k + 1 comes after every task of its resource in layer k.
         """
@@ -108,7 +110,7 @@ class Instance:
         for group in self.by_resource().values():
             always = [task for task in group if task not in optional]
             back[np.ix_(always, always)] = 1
-        for edge in self.known:
+        for edge in (*self.known, *decided):
             back[edge.before, edge.after] = min(back[edge.before, edge.after], edge.back)
         for middle in range(n):
             np.minimum(back, back[:, middle, None] + back[None, middle, :], out=back)

@@ -86,6 +86,7 @@ class Milp:
         import highspy
 
         highs.passModel(self._lp(highspy, relax))
+        highs.resetGlobalScheduler(True)  # the pool keeps the size of the first solve otherwise
         highs.setOptionValue("threads", threads)
         highs.setOptionValue("time_limit", max(0.1, seconds))
         highs.setOptionValue("mip_rel_gap", 1e-7)

@@ -11,14 +11,16 @@ Because o is a constant in each row, T stays linear. Which o are possible follow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
 from nanoflow.pipeline.period import Precedence
 from nanoflow.search.instance import Instance
 from nanoflow.search.milp import Milp
+from nanoflow.search.problem import Problem
 
 Terms = dict[int, float]
 
@@ -57,15 +59,16 @@ class PeriodModel:
         self.milp = Milp()
         self.durations: list[Terms] = []
         self.presence: list[int | None] = [None] * len(instance)
+        self.forms: list[list[int]] = []
         self.horizon = horizon
         self.span = horizon * max(1, len(instance.by_resource()))
         self.period = -1
         self.starts: list[int] = []
         self.pairs: list[Pair] = []
 
-    def add_times(self, lowest_period: float) -> None:
-        """T ≥ `lowest_period` and the starts; call when `durations` (and `presence`) are filled."""
-        self.period = self.milp.add_var(lowest_period, self.horizon, cost=1.0)
+    def add_times(self) -> None:
+        """T and the starts; call when `durations` (and forms) are filled."""
+        self.period = self.milp.add_var(0.0, self.horizon, cost=1.0)
         self.starts = [self.milp.add_var(0.0, self.span) for _ in range(len(self.instance))]
         for start, duration in zip(self.starts, self.durations, strict=True):
             self.milp.add_row(plus({start: 1.0}, duration), upper=self.span)
@@ -78,6 +81,50 @@ class PeriodModel:
                     if a != b:
                         self._after(Precedence(a, b, 1), *self._present(a, b))
 
+    def add_forms(self) -> None:
+        """Columns p that choose one form for each group of rows; call before the durations are made."""
+        for forms in self.instance.choices:
+            columns = [self.milp.add_binary() for _ in forms]
+            self.milp.add_row(dict.fromkeys(columns, 1.0), 1.0, 1.0)
+            self.forms.append(columns)
+            for tasks, column in zip(forms, columns, strict=True):
+                for task in tasks:
+                    self.presence[task] = column
+
+    def add_power_floor(self, problem: Problem, instance: Instance, where: int | None = None) -> None:
+        """T ≥ power floor of the tasks that run, with the sizes of `instance`; only if column `where` is 1."""
+        common = [task for index, task in enumerate(instance.tasks) if self.presence[index] is None]
+        row = {self.period: 1.0}
+        for forms, columns in zip(instance.choices, self.forms, strict=True):
+            for tasks, column in zip(forms, columns, strict=True):
+                row[column] = -problem.power_floor_us(instance.tasks[index] for index in tasks)
+        lower = problem.power_floor_us(common)
+        if where is not None:
+            most = lower - sum(value for column, value in row.items() if column != self.period)
+            row[where] = -most
+            lower -= most
+        if lower > 0 or len(row) > 1:
+            self.milp.add_row(row, lower=lower)
+
+    def chosen_forms(self, values: Sequence[float]) -> list[int]:
+        """The form that each group of rows takes in a solution."""
+        return [max(range(len(columns)), key=lambda i: values[columns[i]]) for columns in self.forms]
+
+    def fill_forms(self, values: list[float], present: Collection[int]) -> None:
+        """Set the columns p so that exactly the tasks `present` run."""
+        for forms, columns in zip(self.instance.choices, self.forms, strict=True):
+            for tasks, column in zip(forms, columns, strict=True):
+                values[column] = float(set(tasks) <= set(present))
+
+    def all_starts(self, known: dict[int, float], durations: Sequence[float]) -> list[float]:
+        """Starts of all tasks from those that run: a task of another form stands where what it reads is done."""
+        starts = [0.0] * len(self.instance)
+        for index in range(len(self.instance)):
+            waits = [e.before for e in self.instance.known if e.after == index and e.back == 0]
+            done = max((starts[i] + (durations[i] if i in known else 0.0) for i in waits), default=0.0)
+            starts[index] = known.get(index, done)
+        return starts
+
     def _present(self, *tasks: int) -> list[int]:
         """Columns that are 1 where all `tasks` run (none for tasks that always do)."""
         return list({column for task in tasks if (column := self.presence[task]) is not None})
@@ -88,11 +135,35 @@ class PeriodModel:
             total = plus(*(self.durations[index] for index in group))
             self.milp.add_row(plus({self.period: 1.0}, minus(total)), lower=0.0)
 
-    def add_pairs(self, chosen: Sequence[tuple[int, int]]) -> None:
-        """Columns x for each pair of tasks that may have to be kept apart, where reads leave a choice."""
-        back = self.instance.least_back()
+    def add_pairs(self, chosen: Sequence[tuple[int, int]], decided: Sequence[Precedence] = ()) -> None:
+        """Columns x for each pair of tasks that may have to be kept apart, where `decided` and reads leave a choice."""
+        back = self.instance.least_back(decided)
         for a, b in chosen:
             self.pairs.append(self._pair(a, b, back))
+
+    def add_orders(self) -> None:
+        """Columns and rows that put any two tasks of one resource, if both run, one after the other."""
+        first = len(self.pairs)
+        self.add_pairs(
+            [
+                (a, b)
+                for group in self.instance.by_resource().values()
+                for a, b in combinations(group, 2)
+                if not self._exclusive(a, b)
+            ]
+        )
+        for pair in self.pairs[first:]:
+            if not pair.always:
+                present = self._present(pair.a, pair.b)
+                row = dict.fromkeys(pair.columns.values(), 1.0) | dict.fromkeys(present, -1.0)
+                self.milp.add_row(row, lower=1.0 - len(present))
+
+    def _exclusive(self, a: int, b: int) -> bool:
+        """Whether the tasks belong to two forms of the same rows, so that never both run."""
+        return any(
+            {a, b} <= {task for form in forms for task in form} and self.presence[a] != self.presence[b]
+            for forms in self.instance.choices
+        )
 
     def _pair(self, a: int, b: int, back: np.ndarray) -> Pair:
         forward, backward = int(back[a, b]), int(back[b, a])
@@ -119,11 +190,14 @@ class PeriodModel:
         )
         self.milp.add_row(terms, lower=-self.span * len(where))
 
-    def separations(self, values: Sequence[float]) -> list[Precedence]:
-        """The precedences that a solution decided on (reads not repeated)."""
+    def decided(self, values: Sequence[float], kept: Sequence[int]) -> list[Precedence]:
+        """The precedences between tasks `kept` that a solution decided on, numbered as in `kept`."""
+        new = {old: index for index, old in enumerate(kept)}
         edges: list[Precedence] = []
         for pair in self.pairs:
-            for o, column in pair.columns.items():
-                if values[column] > 0.5:
-                    edges += [Precedence(pair.a, pair.b, o), Precedence(pair.b, pair.a, 1 - o)]
+            if pair.a in new and pair.b in new:
+                a, b = new[pair.a], new[pair.b]
+                for o, column in pair.columns.items():
+                    if values[column] > 0.5:
+                        edges += [Precedence(a, b, o), Precedence(b, a, 1 - o)]
         return edges

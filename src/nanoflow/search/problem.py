@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,16 +98,19 @@ class Problem:
             for share in self.shares
         }
 
-    def power_floor_us(self, tasks: tuple[NanoOp, ...]) -> float:
+    def power_floor_us(self, tasks: Iterable[NanoOp]) -> float:
         """Least period by power: Σ energy above idle / (cap − idle); 0 where the profile lacks power or an energy."""
         power = self.table.power
-        if power is None:
+        if power is None or not self._energies_known:
             return 0.0
-        total_mj = 0.0
-        for task in tasks:
-            tokens = self.mix.tokens(task.op, task.start, task.stop)
-            energy = self.table.energy_mj(task.op, tokens) if tokens > 0 else 0.0
-            if energy is None:
-                return 0.0
-            total_mj += energy
-        return total_mj / (power.cap_w - power.idle_w) * 1e3
+        return sum(self._energy_mj(task) for task in tasks) / (power.cap_w - power.idle_w) * 1e3
+
+    def _energy_mj(self, task: NanoOp) -> float:
+        tokens = self.mix.tokens(task.op, task.start, task.stop)
+        return (self.table.energy_mj(task.op, tokens) or 0.0) if tokens > 0 else 0.0
+
+    @cached_property
+    def _energies_known(self) -> bool:
+        """Whether every op that the batch uses has energies: a floor from some ops alone would flatter their order."""
+        used = [(op, self.mix.tokens(op, 0, self.dense_batch)) for op in self.graph.ops]
+        return all(self.table.energy_mj(op, tokens) is not None for op, tokens in used if tokens > 0)

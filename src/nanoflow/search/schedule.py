@@ -70,6 +70,17 @@ class Schedule:
                         ready.append(index)
         return order
 
+    def resource_order(self) -> list[Precedence]:
+        """Each resource's tasks one after the other, in launch order."""
+        order = self.launch_order
+        edges: list[Precedence] = []
+        for group in self.instance.by_resource().values():
+            queue = [index for index in order if index in group]
+            edges += [Precedence(a, b) for a, b in zip(queue, queue[1:])]
+            if len(queue) > 1:
+                edges.append(Precedence(queue[-1], queue[0], 1))
+        return edges
+
     def to_pipeline(self, name: str) -> Pipeline:
         """The Pipeline: a lane per resource and share; `after` where lanes and reads do not already keep order."""
         order = self.launch_order
@@ -77,7 +88,8 @@ class Schedule:
         lane_of = [lane_name(self.instance.resource(i), self.shares[i]) for i in range(len(self.instance))]
         held = {(e.before, e.after, e.back) for e in self.instance.reads}
         after: dict[int, set[Dependency]] = {}
-        for edge in self._needed(order):
+        across = [e for e in self.apart if not self.instance.same_resource(e.before, e.after)]
+        for edge in (*self.resource_order(), *across):
             if lane_of[edge.before] != lane_of[edge.after] and tuple(edge) not in held:
                 after.setdefault(edge.after, set()).add(Dependency(position[edge.before], edge.back))
         nano_ops = tuple(
@@ -93,16 +105,6 @@ class Schedule:
         )
         lanes = {lane_of[index]: LaneSpec(lane_of[index], self.shares[index]) for index in order}
         return Pipeline(name, self.problem.dense_batch, tuple(lanes[key] for key in sorted(lanes)), nano_ops)
-
-    def _needed(self, order: Sequence[int]) -> list[Precedence]:
-        """Order of each resource's tasks, and of tasks that must not overlap for their shares' sake."""
-        edges: list[Precedence] = []
-        for group in self.instance.by_resource().values():
-            queue = [index for index in order if index in group]
-            edges += [Precedence(a, b) for a, b in zip(queue, queue[1:])]
-            if len(queue) > 1:
-                edges.append(Precedence(queue[-1], queue[0], 1))
-        return edges + [e for e in self.apart if not self.instance.same_resource(e.before, e.after)]
 
     def breach(self) -> str | None:
         """What breaks a rule of stage 2 in the steady state, if anything: shares above 1, or a resource used twice."""
