@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.server.conftest import RunningServer, running_server, wait_until
 
 from nanoflow.core.config import EngineConfig
 from nanoflow.engine.async_llm import AsyncLLM
+from tests.server.conftest import RunningServer, running_server, wait_until
 
 MODEL = "smollm2"
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
