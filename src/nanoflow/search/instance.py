@@ -110,11 +110,18 @@ class Instance:
         for group in self.by_resource().values():
             always = [task for task in group if task not in optional]
             back[np.ix_(always, always)] = 1
-        for edge in (*self.known, *decided):
-            back[edge.before, edge.after] = min(back[edge.before, edge.after], edge.back)
-        for middle in range(n):
-            np.minimum(back, back[:, middle, None] + back[None, middle, :], out=back)
-        return back
+        return least_back(n, (*self.known, *decided), back)
+
+
+def least_back(n: int, edges: Iterable[Precedence], back: np.ndarray | None = None) -> np.ndarray:
+    """[i, j]: the least h over all paths of `edges` from i to j among `n` tasks, beginning from `back`; FAR if none."""
+    if back is None:
+        back = np.full((n, n), FAR, dtype=np.int64)
+    for edge in edges:
+        back[edge.before, edge.after] = min(back[edge.before, edge.after], edge.back)
+    for middle in range(n):
+        np.minimum(back, back[:, middle, None] + back[None, middle, :], out=back)
+    return back
 
 
 def build(graph: LayerGraph, layout: Layout) -> Instance:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 
 from nanoflow.core.ops import Resource
 from nanoflow.pipeline.period import Precedence, Steady, steady_state
 from nanoflow.pipeline.pipeline import Dependency, LaneSpec, NanoOp, Pipeline
-from nanoflow.search.instance import Instance
+from nanoflow.search.instance import Instance, least_back
 from nanoflow.search.problem import Problem
 
 SHARE_EPSILON = 1e-9
@@ -86,12 +86,9 @@ class Schedule:
         order = self.launch_order
         position = {task: index for index, task in enumerate(order)}
         lane_of = [lane_name(self.instance.resource(i), self.shares[i]) for i in range(len(self.instance))]
-        held = {(e.before, e.after, e.back) for e in self.instance.reads}
         after: dict[int, set[Dependency]] = {}
-        across = [e for e in self.apart if not self.instance.same_resource(e.before, e.after)]
-        for edge in (*self.resource_order(), *across):
-            if lane_of[edge.before] != lane_of[edge.after] and tuple(edge) not in held:
-                after.setdefault(edge.after, set()).add(Dependency(position[edge.before], edge.back))
+        for edge in self._waits(lane_of):
+            after.setdefault(edge.after, set()).add(Dependency(position[edge.before], edge.back))
         nano_ops = tuple(
             NanoOp(
                 op=(task := self.instance.tasks[index]).op,
@@ -105,6 +102,47 @@ class Schedule:
         )
         lanes = {lane_of[index]: LaneSpec(lane_of[index], self.shares[index]) for index in order}
         return Pipeline(name, self.problem.dense_batch, tuple(lanes[key] for key in sorted(lanes)), nano_ops)
+
+    def _waits(self, lane_of: Sequence[str]) -> list[Precedence]:
+        """What must be said in `after`: the precedences that reads, lanes and the other `after` do not imply."""
+        order = self.launch_order
+        held = list(self.instance.reads)
+        for lane in sorted(set(lane_of)):
+            queue = [index for index in order if lane_of[index] == lane]
+            held += [Precedence(a, b) for a, b in zip(queue, queue[1:])]
+            held.append(Precedence(queue[-1], queue[0], 1))
+        wanted = list(dict.fromkeys(e for e in (*self.resource_order(), *self._cross()) if e not in held))
+        for edge in list(wanted):
+            rest = [e for e in wanted if e != edge]
+            if least_back(len(self.instance), [*held, *rest])[edge.before, edge.after] <= edge.back:
+                wanted = rest
+        return wanted
+
+    def _cross(self) -> list[Precedence]:
+        """Precedences between resources, without pairs whose shares fit beside each other and all that may join them."""
+        groups = list(self.instance.by_resource().values())
+        wide = [
+            tasks
+            for size in range(2, len(groups) + 1)
+            for some in combinations(groups, size)
+            for tasks in product(*some)
+            if sum(self.shares[task] for task in tasks) > 1.0 + SHARE_EPSILON
+        ]
+        back = least_back(len(self.instance), self.instance.reads)
+        apart: dict[frozenset[int], list[Precedence]] = {}
+        for edge in self.apart:
+            if not self.instance.same_resource(edge.before, edge.after):
+                apart.setdefault(frozenset(edge[:2]), []).append(edge)
+
+        def separate(a: int, b: int) -> bool:
+            return frozenset((a, b)) in apart or back[a, b] + back[b, a] <= 1
+
+        for pair in list(apart):
+            edges = apart.pop(pair)
+            touched = [tasks for tasks in wide if pair <= set(tasks)]
+            if not all(any(separate(a, b) for a, b in combinations(tasks, 2)) for tasks in touched):
+                apart[pair] = edges
+        return [edge for edges in apart.values() for edge in edges]
 
     def breach(self) -> str | None:
         """What breaks a rule of stage 2 in the steady state, if anything: shares above 1, or a resource used twice."""

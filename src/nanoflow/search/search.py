@@ -209,7 +209,9 @@ class _Search:
         tell = self.on_progress
         if tell is None:
             return None
-        return lambda p: tell(replace(p, seconds=time.monotonic() - self.began, note=note))
+        return lambda p: tell(
+            replace(p, incumbent_us=min(p.incumbent_us, self.best_us), seconds=time.monotonic() - self.began, note=note)
+        )
 
 
 def _bare(nano: NanoOp) -> NanoOp:
