@@ -3,8 +3,9 @@
 Compiling here rather than shipping a binary lets `-march=native` use what this processor has. The file name is a hash
 of all that the result depends on (sources, compiler, processor, OpenMP runtime), so a stale library is never loaded.
 
-Threading: torch's wheels bundle their own libgomp. The library is linked against that file, not the system's, so that
-one process holds one OpenMP runtime and `torch.set_num_threads` in a thread governs these kernels as well.
+Threading: the kernels have teams of their own (`src/team.cpp`) and ask OpenMP only how many threads the calling thread
+may use. torch's wheels bundle their own libgomp; the library is linked against that file, not the system's, so that
+`torch.set_num_threads` in a thread governs these kernels as well.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nanoflow.core.log import get_logger
 
 _log = get_logger(__name__)
 SOURCE_DIR = Path(__file__).parent / "src"
-_COMPILE_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-w")
+_COMPILE_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-pthread", "-fPIC", "-fvisibility=hidden", "-w")
 
 
 class BuildError(Exception):

@@ -201,15 +201,14 @@ static inline int threads_for(double work, double work_per_thread) {
     return wanted >= most ? most : std::max(1, int(wanted));
 }
 
-// Run f(thread, n_threads) on up to n threads of the calling thread's OpenMP pool.
+// In team.cpp: call(context, thread, n) on n threads, the calling one among them.
+__attribute__((visibility("hidden"))) void run_team(int n, void (*call)(void*, int, int), void* context);
+
+// Run f(thread, n_threads) on n threads of the calling thread's team.
 template <class F>
 static inline void parallel(int n, F f) {
-    if (n <= 1) {
-        f(0, 1);
-        return;
-    }
-#pragma omp parallel num_threads(n)
-    f(omp_get_thread_num(), omp_get_num_threads());
+    if (n <= 1) return f(0, 1);
+    run_team(n, [](void* context, int thread, int n_threads) { (*(F*)context)(thread, n_threads); }, &f);
 }
 
 static inline void share(int64_t n, int thread, int n_threads, int64_t& begin, int64_t& end) {
