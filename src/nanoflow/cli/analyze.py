@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow.analysis.bound import energy_j
-from nanoflow.analysis.lengths import find_workload
+from nanoflow.analysis import plots
+from nanoflow.analysis.describe import describe
+from nanoflow.analysis.lengths import BUILT_IN, AnyWorkload, find_workload
+from nanoflow.analysis.maps import Machine, ServedModel, memory_map, network_map, paper_columns, published_machine
+from nanoflow.analysis.roofline import roofline_points
 from nanoflow.analysis.serving import Analysis, Group, analyse, with_link
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError
@@ -20,43 +24,56 @@ from nanoflow.core.presets import find_preset
 HELP = "compute the bounding resource and the optimal throughput of a model on a machine"
 LOG_LEVEL = "WARNING"
 SAMPLES = 10_000
-MS = 1e3
+THIS_CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that was asked for: rates by their kind (published, measured), memory of one device, sources."""
+
+    name: str
+    rates: dict[str, MachineRates]
+    memory_bytes: float
+    sources: dict[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    gpus = f"{THIS_CPU} (this machine, measured; the default), {', '.join(HARDWARE)}"
     parser.add_argument("model", metavar="MODEL", help="preset, model folder or .gguf file; no weights are read")
-    parser.add_argument("--gpu", default="cpu", help=f"cpu (this machine, measured), {', '.join(HARDWARE)}")
+    parser.add_argument("--gpu", "--hardware", dest="gpu", metavar="NAME", default=THIS_CPU, help=gpus)
     parser.add_argument("--gpus", type=int, default=1, help="devices that hold one copy of the model (default 1)")
     parser.add_argument("--dense-batch", type=int, default=2048, help="tokens of an iteration (default 2048)")
-    parser.add_argument("--workload", default="512/512", help="splitwise, lmsys-chat, sharegpt, IN/OUT or a .csv trace")
+    parser.add_argument(
+        "--workload",
+        default="512/512",
+        help=f"{', '.join(BUILT_IN)}, IN/OUT tokens, MEAN~DEVIATION for either, or a .csv trace (default 512/512)",
+    )
     parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16", help="precision (default bfloat16)")
     parser.add_argument("--link-gb", type=float, help="link between devices, GB/s one way, instead of the device's own")
     parser.add_argument("--attained-tflops", type=float, help="GEMM rate measured on the device, TFLOP/s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw maps and a roofline to this .png or .svg file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Analyse by published peaks and, where known, by measured rates; print both."""
-    if args.gpus < 1:
-        raise ConfigError(f"--gpus must be at least 1, not {args.gpus}.")
-    spec = _spec(args.model)
-    prompts, answers = find_workload(args.workload).sample(SAMPLES)
-    published, measured, memory_bytes, sources = _machine(args)
+    _check(args)
+    spec, workload, target = _spec(args.model), find_workload(args.workload), _target(args)
+    prompts, answers = workload.sample(SAMPLES)
     link = None if args.link_gb is None else args.link_gb * 1e9
-    found = {}
-    for name, rates in (("published", published), ("measured", measured)):
-        if rates is not None:
-            group = with_link(Group(rates, memory_bytes, args.gpus), link)
-            found[name] = (group, analyse(spec, group, args.dtype, args.dense_batch, prompts, answers))
+    found: dict[str, tuple[Group, Analysis]] = {}
+    for kind, rates in target.rates.items():
+        group = with_link(Group(rates, target.memory_bytes, args.gpus), link)
+        found[kind] = (group, analyse(spec, group, args.dtype, args.dense_batch, prompts, answers))
     result: dict[str, Any] = {
         "model": spec.name,
         "dtype": args.dtype,
         "gpus": args.gpus,
         "workload": {"name": args.workload, "mean_in": float(prompts.mean()), "mean_out": float(answers.mean())},
-        **{name: describe(group, analysis) for name, (group, analysis) in found.items()},
-        "sources": sources,
+        **{kind: describe(group, analysis) for kind, (group, analysis) in found.items()},
+        "sources": target.sources,
     }
     text = json.dumps(result)
     if args.output is not None:
@@ -64,80 +81,113 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(text)
     else:
-        for name in found:
-            print_table(spec, name, result[name], args.gpus)
+        for kind in found:
+            print_table(spec, kind, result[kind], args.gpus)
+    if args.plot is not None:
+        plots.draw_analysis(_drawing(args, spec, workload, target, found), args.plot)
+        if not args.json:
+            print(f"drawn to {args.plot}")
     return 0
 
 
-def describe(group: Group, analysis: Analysis) -> dict[str, Any]:
-    """Plain values of an analysis; times in ms, throughput per device, energy above idle."""
-    paper, batch, rates = analysis.paper, analysis.batch, group.rates
-    ops = {}
-    for op, cost in analysis.costs.items():
-        floors_ms = {str(limit): MS * s for limit, s in analysis.op_floors[op].by_limit.items()}
-        energy = energy_j(cost.flops, cost.mem_bytes, rates)
-        ops[str(op)] = {
-            "flops": cost.flops,
-            "mem_bytes": cost.mem_bytes,
-            "wire_bytes": cost.wire_bytes,
-            "energy_j": energy,
-            "floors_ms": floors_ms,
-        }
-    return {
-        "rates": rates.to_dict(),
-        "batch": vars(batch) | {"dense_batch": batch.n_tokens, "limited_by_memory": analysis.limited_by_memory_size},
-        "paper": {
-            "t_compute_ms": MS * paper.compute_s,
-            "t_mem_ms": MS * paper.mem_s,
-            "t_r": paper.ratio,
-            "bound": "compute" if paper.ratio < 1 else "memory",
-            "optimal_tokens_per_s_per_gpu": paper.optimal_tokens_per_s / group.devices,
-        },
-        "iteration": {
-            "floors_ms": {str(limit): MS * s for limit, s in analysis.floors.by_limit.items()},
-            "bound": str(analysis.floors.limit),
-            "tokens_per_s_per_gpu": analysis.tokens_per_s / group.devices,
-        },
-        "ops": ops,
-    }
-
-
 def print_table(spec: ModelSpec, kind: str, found: dict[str, Any], gpus: int) -> None:
-    """One row an operation, then the totals and the paper's formulas."""
+    """One row an operation, then the totals, the bound and the paper's formulas."""
     rates, batch, paper, iteration = (found[key] for key in ("rates", "batch", "paper", "iteration"))
+    limits = list(iteration["floors_ms"])
+    joules = iteration["energy_j"] is not None
     print(f"{spec.name} on {gpus} x {rates['name']}, {rates['dtype']}, {kind} rates")
     print(
         f"batch: {batch['n_decode']} decode + {batch['n_prefill']} prefill tokens"
         + (" (as many as memory holds)" if batch["limited_by_memory"] else "")
     )
-    limits = list(iteration["floors_ms"])
-    print(f"{'OPERATION':<20}{'GFLOP':>12}{'GB':>10}{'wire GB':>10}" + "".join(f"{x + ' ms':>13}" for x in limits))
-    for name, op in found["ops"].items():
+    head = f"{'OPERATION':<20}{'GFLOP':>12}{'GB':>10}{'wire GB':>10}" + (f"{'J':>9}" if joules else "")
+    print(head + "".join(f"{limit + ' ms':>13}" for limit in limits))
+    for name, op in {**found["ops"], "all": iteration}.items():
         work = f"{op['flops'] / 1e9:>12.1f}{op['mem_bytes'] / 1e9:>10.2f}{op['wire_bytes'] / 1e9:>10.2f}"
-        print(f"{name:<20}{work}" + "".join(f"{op['floors_ms'].get(limit, 0.0):>13.2f}" for limit in limits))
-    print(f"{'all':<52}" + "".join(f"{ms:>13.2f}" for ms in iteration["floors_ms"].values()))
+        energy = f"{op['energy_j']:>9.2f}" if joules else ""
+        print(f"{name:<20}{work}{energy}" + "".join(f"{op['floors_ms'].get(limit, 0.0):>13.2f}" for limit in limits))
     print(f"bound by {iteration['bound']}: at most {iteration['tokens_per_s_per_gpu']:.0f} tokens/s/GPU (in + out)")
+    if joules:
+        print(f"energy above idle: {iteration['energy_mj_per_token']:.1f} mJ a token")
     print(
         f"paper's formulas: T_compute {paper['t_compute_ms']:.1f} ms, T_mem {paper['t_mem_ms']:.1f} ms, "
-        f"T_R {paper['t_r']:.2f} ({paper['bound']}-bound), optimal {paper['optimal_tokens_per_s_per_gpu']:.0f} "
-        "tokens/s/GPU\n"
+        f"T_R {paper['t_r']:.2f} ({paper['bound']}-bound; compute-bound from {paper['compute_bound_from_tokens']} "
+        f"tokens), optimal {paper['optimal_tokens_per_s_per_gpu']:.0f} tokens/s/GPU\n"
     )
 
 
-def _machine(args: argparse.Namespace) -> tuple[MachineRates | None, MachineRates | None, float, dict[str, str]]:
-    """Published rates, measured rates, memory of one device, and the sources of the figures."""
-    if args.gpu == "cpu":
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be right before any work is done."""
+    if args.gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1, not {args.gpus}.")
+    for option in ("link_gb", "attained_tflops"):
+        value = getattr(args, option)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value}.")
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {str(args.output)!r} does not exist; make it first.")
+    if args.plot is not None:
+        plots.check_plot_path(args.plot)
+
+
+def _target(args: argparse.Namespace) -> Target:
+    """Published and measured rates of the machine that was asked for; of this CPU measured ones alone."""
+    if args.gpu.lower() == THIS_CPU:
         from nanoflow.profiling.machine import measure_rates
 
         rates = measure_rates("cpu", args.dtype)
-        return None, rates, float(env.available_memory_bytes()), {"measured": rates.source}
+        return Target(THIS_CPU, {"measured": rates}, float(env.available_memory_bytes()), {"measured": rates.source})
     hardware = find_hardware(args.gpu)
-    measured = hardware.attained_rates(args.dtype)
+    published = hardware.rates(args.dtype, args.gpus)
+    measured = hardware.attained_rates(args.dtype, args.gpus)
     if args.attained_tflops is not None:
-        base = (measured or hardware.rates(args.dtype)).to_dict()
         given = {"flops_per_s": args.attained_tflops * 1e12, "measured": True, "source": "given by --attained-tflops"}
-        measured = MachineRates(**(base | given))
-    return hardware.rates(args.dtype), measured, hardware.memory_bytes, dict(hardware.sources)
+        measured = MachineRates(**((measured or published).to_dict() | given))
+    kinds = {"published": published} | ({} if measured is None else {"measured": measured})
+    return Target(hardware.name, kinds, hardware.memory_bytes, dict(hardware.sources))
+
+
+def _drawing(
+    args: argparse.Namespace,
+    spec: ModelSpec,
+    workload: AnyWorkload,
+    target: Target,
+    found: dict[str, tuple[Group, Analysis]],
+) -> plots.Drawing:
+    """The maps of all presets by published peaks, and the roofline of the machine by its best known rates."""
+    asked = ServedModel(spec, args.gpus)
+    columns = paper_columns(asked)
+    machines = [_machine(name, args, target, found) for name in HARDWARE]
+    if target.name == THIS_CPU:
+        machines.append(_machine(THIS_CPU, args, target, found))
+    workloads = [*BUILT_IN.values(), *([] if args.workload in BUILT_IN else [workload])]
+    group, analysis = found.get("measured") or found["published"]
+    batch = analysis.batch
+    return plots.Drawing(
+        memory=[memory_map(columns, machines, args.dtype, each, SAMPLES) for each in workloads],
+        network=network_map(columns, machines, args.dtype),
+        asked=(target.name, asked.label),
+        rates=group.rates,
+        points=roofline_points(analysis.costs, group.rates),
+        caption=(
+            f"Maps: published peaks, {args.dtype}; yellow with a corner mark is compute-bound, blue is not; "
+            "– : the model does not fit, or there is no link.   "
+            f"Roofline: {spec.name} ×{args.gpus}, {batch.n_decode} decode + {batch.n_prefill} prefill tokens."
+        ),
+    )
+
+
+def _machine(name: str, args: argparse.Namespace, target: Target, found: dict[str, tuple[Group, Analysis]]) -> Machine:
+    """A row of the maps; in the row that was asked for, the asked column has the link that was asked for."""
+    preset = None if name == THIS_CPU else published_machine(HARDWARE[name], args.dtype)
+    group = found.get("published", found.get("measured"))
+
+    def groups(devices: int) -> Group | None:
+        if name == target.name and group is not None and devices == args.gpus:
+            return group[0]
+        return None if preset is None else preset.group(devices)
+
+    return Machine(name, groups)
 
 
 def _spec(model: str) -> ModelSpec:

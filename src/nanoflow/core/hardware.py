@@ -49,9 +49,10 @@ class HardwareSpec:
     """Published figures of one device. `sources` names where each figure comes from, by field name.
 
     `peak_flops` is FLOP/s by dtype, dense (no structured sparsity), accumulating in float32; `link_bytes_per_s` is one
-    way per device over the fastest link that a group of devices shares. A dtype or figure that nobody publishes is
-    absent or `None`, never guessed. Energies (pJ) are above idle;
-    `attained_*` are the rates that GEMMs and streaming reads were measured to reach on it.
+    way per device over all its links to other devices. Behind a switch or on a bus every group has all of it. Devices
+    that are wired to `mesh_peers` others each use a link per neighbour, and a group too large for that goes over
+    `host_link_bytes_per_s`. A dtype or figure that nobody publishes is absent or `None`, never guessed. Energies (pJ)
+    are above idle; `attained_*` are the rates that GEMMs and streaming reads were measured to reach on it.
     """
 
     name: str
@@ -60,6 +61,8 @@ class HardwareSpec:
     mem_bytes_per_s: float
     peak_flops: Mapping[str, float]
     link_bytes_per_s: float | None = None
+    mesh_peers: int | None = None
+    host_link_bytes_per_s: float | None = None
     power_cap_w: float | None = None
     idle_w: float | None = None
     pj_per_flop: Mapping[str, float] = field(default_factory=dict)
@@ -68,8 +71,16 @@ class HardwareSpec:
     attained_mem_bytes_per_s: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
-    def rates(self, dtype: str) -> MachineRates:
-        """The figures as rates for `dtype`. Raises `ConfigError` if the device has no published peak for it."""
+    def link_between(self, devices: int) -> float | None:
+        """Bytes/s one way that each of `devices` can send to the others together; `None` if unknown."""
+        if self.link_bytes_per_s is None or self.mesh_peers is None or devices < 2:
+            return self.link_bytes_per_s
+        if devices - 1 > self.mesh_peers:
+            return self.host_link_bytes_per_s
+        return self.link_bytes_per_s * (devices - 1) / self.mesh_peers
+
+    def rates(self, dtype: str, devices: int = 1) -> MachineRates:
+        """The figures as rates of one of `devices` for `dtype`. Raises `ConfigError` if no peak is published for it."""
         if dtype not in self.peak_flops:
             known = ", ".join(self.peak_flops)
             raise ConfigError(f"{self.title} has no published peak for {dtype}; choose one of {known}.")
@@ -81,19 +92,19 @@ class HardwareSpec:
             dtype=dtype,
             flops_per_s=self.peak_flops[dtype],
             mem_bytes_per_s=self.mem_bytes_per_s,
-            link_bytes_per_s=self.link_bytes_per_s,
+            link_bytes_per_s=self.link_between(devices),
             power_budget_w=budget,
             pj_per_flop=self.pj_per_flop.get(dtype),
             pj_per_byte=self.pj_per_byte,
             source=self.sources.get("peak_flops", ""),
         )
 
-    def attained_rates(self, dtype: str) -> MachineRates | None:
+    def attained_rates(self, dtype: str, devices: int = 1) -> MachineRates | None:
         """The same with measured rates in place of peaks; `None` if no GEMM rate was measured for `dtype`."""
         if dtype not in self.attained_flops:
             return None
         return replace(
-            self.rates(dtype),
+            self.rates(dtype, devices),
             flops_per_s=self.attained_flops[dtype],
             mem_bytes_per_s=self.attained_mem_bytes_per_s or self.mem_bytes_per_s,
             measured=True,

@@ -23,12 +23,14 @@ H200_SHEET = "NVIDIA H200 Tensor Core GPU data sheet (2024)"
 B200_SHEET = "NVIDIA Blackwell architecture technical brief (HGX B200) and NVIDIA DGX B200 data sheet, per GPU"
 L40S_SHEET = "NVIDIA L40S data sheet (2023)"
 L4_SHEET = "NVIDIA L4 Tensor Core GPU data sheet (2023)"
-ADA_PAPER = "NVIDIA Ada GPU architecture whitepaper, appendix A (GeForce RTX 4090)"
+ADA_PAPER = "NVIDIA Ada GPU architecture whitepaper v2.02, appendix A (GeForce RTX 4090; FP8 corrected in that version)"
 MI300X_SHEET = "AMD Instinct MI300X accelerator data sheet (2023)"
+MI300X_LINKS = "AMD ROCm blog on RCCL and xGMI on MI300X (2025): a link to each of 7 peers"
 H200_FIGURES = ("idle_w", "pj_per_flop", "pj_per_byte", "attained_flops", "attained_mem_bytes_per_s")
 H200_MEASURED = "measured on an H200 SXM, 2026-11"
 PCIE4 = "PCI Express 4.0 x16, as the data sheet gives it"
 PCIE5 = "PCI Express 5.0 x16, as the data sheet gives it"
+NVL_FIGURES = {"mesh_peers": f"{H100_SHEET}: bridges join pairs", "host_link_bytes_per_s": PCIE5}
 
 
 def _cite(sheet: str, **others: str) -> dict[str, str]:
@@ -95,8 +97,10 @@ _SPECS = (
         mem_bytes_per_s=3900 * GB,
         peak_flops=_peaks(1671 / 2, float32=60, float8=3341 / 2),
         link_bytes_per_s=300 * GB,
+        mesh_peers=1,
+        host_link_bytes_per_s=64 * GB,
         power_cap_w=400,
-        sources=_cite(H100_SHEET, link_bytes_per_s=f"{H100_SHEET}: NVLink bridge of two cards"),
+        sources=_cite(H100_SHEET, link_bytes_per_s=f"{H100_SHEET}: NVLink bridge of two cards", **NVL_FIGURES),
     ),
     HardwareSpec(
         name="h200",
@@ -160,8 +164,9 @@ _SPECS = (
         mem_bytes_per_s=5300 * GB,
         peak_flops=_peaks(1307.4, float32=163.4, float8=2614.9),
         link_bytes_per_s=7 * 64 * GB,
+        mesh_peers=7,
         power_cap_w=750,
-        sources=_cite(MI300X_SHEET, link_bytes_per_s=f"{MI300X_SHEET}: 7 Infinity Fabric links of 128 GB/s both ways"),
+        sources=_cite(MI300X_SHEET, link_bytes_per_s=f"{MI300X_LINKS}, 64 GB/s one way each", mesh_peers=MI300X_LINKS),
     ),
 )
 
