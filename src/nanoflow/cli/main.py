@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nanoflow import __version__
-from nanoflow.cli import analyze, chat, doctor, generate, models, serve
+from nanoflow.cli import analyze, chat, doctor, generate, models, pipeline, profile, search, serve
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError, NanoflowError
 from nanoflow.core.log import setup_logging
@@ -45,6 +45,9 @@ COMMANDS: dict[str, Command] = {
     "models": models,
     "doctor": doctor,
     "analyze": analyze,
+    "profile": profile,
+    "search": search,
+    "pipeline": pipeline,
 }
 
 

@@ -81,6 +81,10 @@ class Device(Protocol):
     wide_residual: bool
     """Whether a float32 residual stream costs next to nothing here."""
 
+    def shares(self) -> tuple[float, ...]:
+        """Shares that a lane can truly have, rising; 1.0 is the last."""
+        ...
+
     def open_lanes(self, names_and_shares: Sequence[tuple[str, float]]) -> None:
         """Make the lanes of a pipeline, replacing earlier ones."""
         ...

@@ -19,6 +19,8 @@ from nanoflow.core import env
 from nanoflow.core.errors import ConfigError
 from nanoflow.device.base import Event, Issue, Launch, Program
 
+MOST_SHARES = 10
+
 
 class CpuEvent:
     """A one-shot event. If the run fails, all its events are set and waiting lanes stop."""
@@ -120,6 +122,12 @@ class CpuDevice:
         self._lanes: list[CpuLane] = []
         self._parts: tuple[Program, list[list[Launch]]] | None = None
         self._energy_start_j = _package_energy_j() or 0.0
+
+    def shares(self) -> tuple[float, ...]:
+        """Whole threads; with more than `MOST_SHARES` of them, evenly picked ones."""
+        step = max(1, self.threads // MOST_SHARES)
+        counts = {*range(step, self.threads, step), *(self.threads - n for n in range(step, self.threads, step))}
+        return tuple(n / self.threads for n in sorted({*counts, self.threads}))
 
     def open_lanes(self, names_and_shares: Sequence[tuple[str, float]]) -> None:
         """Lanes with `share` of the threads each, at least one."""

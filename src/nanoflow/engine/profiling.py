@@ -1,0 +1,73 @@
+"""Profiling a model from its config: opens what is needed, measures, and keeps the profile file honest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanoflow.analysis.profile_table import ProfileTable
+from nanoflow.core.config import EngineConfig
+from nanoflow.engine.workbench import Workbench, open_workbench
+from nanoflow.models.decoder import DecoderWeights
+from nanoflow.profiling.profiler import OnTask, Profiler, save_profile
+from nanoflow.profiling.tasks import Settings
+
+DEFAULT_LARGEST = 1024
+QUICK_SOLO_SECONDS = 0.25
+QUICK_PAIR_SECONDS = 1.0
+
+
+def profile_model(
+    config: EngineConfig,
+    path: Path,
+    *,
+    workload: str,
+    largest: int | None = None,
+    step: int | None = None,
+    quick: bool = False,
+    on_task: OnTask | None = None,
+) -> ProfileTable:
+    """Measure the model that `config` names into the profile file `path`.
+
+    A run that is broken off leaves `path` with `.partial` added; the next one with the same settings goes on from it.
+    Raises the errors of `build_engine`, and `ConfigError` if the file cannot be written.
+    """
+    bench = open_workbench(config, workload)
+    try:
+        wanted = largest or (bench.mix.dense_batch if quick else max(DEFAULT_LARGEST, bench.mix.dense_batch))
+        settings = make_settings(bench, step or bench.step, bench.fitting(wanted), quick=quick)
+        return run_profile(bench, settings, path, on_task=on_task)
+    finally:
+        bench.device.close()
+
+
+def make_settings(bench: Workbench, step: int, largest: int, *, quick: bool) -> Settings:
+    """The settings of a thorough or a quick profile."""
+    if quick:
+        return Settings(step, largest, QUICK_SOLO_SECONDS, QUICK_PAIR_SECONDS, quick=True)
+    return Settings(step, largest)
+
+
+def run_profile(
+    bench: Workbench,
+    settings: Settings,
+    path: Path,
+    *,
+    weights: DecoderWeights | None = None,
+    on_task: OnTask | None = None,
+) -> ProfileTable:
+    """Measure on an open workbench, with the loaded model's `weights` where there are some; write `path`."""
+    names = bench.implementations[:1] if settings.quick else bench.implementations
+    profiler = Profiler(
+        bench.device,
+        bench.spec.name,
+        bench.config.model.dtype,
+        bench.mix,
+        settings,
+        path.with_name(path.name + ".partial"),
+        names,
+        on_task,
+    )
+    table, pairs = profiler.run(lambda name: bench.subject(name, settings.largest, weights))
+    save_profile(table, pairs, bench.mix, path)
+    profiler.finish()
+    return table

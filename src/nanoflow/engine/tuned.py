@@ -1,0 +1,103 @@
+"""Tuned pipelines kept in the user's cache: one file a model shape, machine, precision, ranks and dense batch.
+
+The file's name says the first and holds a hash of everything that must be equal for it to be used; a pipeline tuned
+with other kernels, torch or another processor is not found, and never used by mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoflow.core import env
+from nanoflow.core.errors import ConfigError, PipelineError
+from nanoflow.core.log import get_logger
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.pipeline.pipeline import Pipeline
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TuningKey:
+    """What a tuned pipeline is for."""
+
+    spec: ModelSpec
+    machine: Mapping[str, str]
+    dtype: str
+    kernels: str
+    dense_batch: int
+    ranks: int = 1
+
+    @property
+    def readable(self) -> str:
+        """The part of the file name that people read; may be shared by several keys."""
+        name = re.sub(r"[^\w.-]+", "-", self.spec.name)
+        return f"{name}-{self.dtype}-r{self.ranks}-b{self.dense_batch}"
+
+    @property
+    def path(self) -> Path:
+        """Where the pipeline lies."""
+        shape = {name: value for name, value in asdict(self.spec).items() if name not in ("name", "bos_id", "eos_ids")}
+        whole = json.dumps([shape, dict(self.machine), self.kernels], sort_keys=True)
+        return folder() / f"{self.readable}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}.json"
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report of the tuning lies."""
+        return self.path.with_suffix(".report.json")
+
+    @property
+    def profile_path(self) -> Path:
+        """Where the profile behind it lies."""
+        return self.path.with_suffix(".profile.json")
+
+
+def folder() -> Path:
+    """All tuned pipelines of this user."""
+    return env.cache_dir() / "pipelines"
+
+
+def save(key: TuningKey, pipeline: Pipeline, report: Mapping[str, Any]) -> Path:
+    """Keep a pipeline and its report; each is written beside its file and renamed. `ConfigError` if that fails."""
+    try:
+        key.path.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in ((key.report_path, json.dumps(report, indent=1)), (key.path, pipeline.to_json())):
+            beside = path.with_suffix(f".{os.getpid()}.tmp")
+            beside.write_text(text + "\n", encoding="utf-8")
+            os.replace(beside, path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {key.path}: {error.strerror}; set $NANOFLOW_CACHE to a writable folder."
+        ) from error
+    return key.path
+
+
+def find(key: TuningKey) -> Pipeline | None:
+    """The pipeline tuned for exactly this, or None. A file that cannot be read is refused with a warning."""
+    if not key.path.is_file():
+        return None
+    try:
+        return Pipeline.load(key.path)
+    except PipelineError as error:
+        _log.warning("the tuned pipeline is not used: %s Run nanoflow tune again.", error)
+        return None
+
+
+def others(key: TuningKey) -> list[Path]:
+    """Pipelines tuned for this model and batch, but on another machine or with other software."""
+    return [path for path in folder().glob(f"{key.readable}-????????????.json") if path != key.path]
+
+
+def list_tuned() -> list[Path]:
+    """Every tuned pipeline in the cache."""
+    return sorted(path for path in folder().glob("*.json") if path.suffixes[-2:] not in SIDE_FILES)
+
+
+SIDE_FILES = ([".report", ".json"], [".profile", ".json"])

@@ -1,0 +1,127 @@
+"""What profiling and tuning work on: a device, a model's shape in one precision, its kernels, and a stated workload.
+
+It follows the same choices as `engine.build` (dtype, kernels, sizes), so what is measured is what will be served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import ConfigError
+from nanoflow.core.log import get_logger
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.device.base import Device
+from nanoflow.engine.resolve import CPU_DENSE_BATCH, CPU_MAX_RUNNING, TORCH_DTYPES, open_device, resolve_dtype
+from nanoflow.kernels.base import Kernels
+from nanoflow.kernels.registry import available, create
+from nanoflow.models.decoder import DecoderWeights
+from nanoflow.models.loading import load_weights
+from nanoflow.models.registry import ModelFiles, resolve_model
+from nanoflow.models.weights.random import RandomWeights
+from nanoflow.profiling.subject import Subject
+from nanoflow.profiling.synthetic import SteadyMix, pages_for, steady_mix
+
+_log = get_logger(__name__)
+
+WEIGHT_BYTES_WANTED = 256 << 20
+LEAST_LAYERS = 2
+SMALL_VOCABULARY = 256
+MEMORY_PART = 0.5
+STEPS_A_BATCH = 8
+GPU_STEP = 128
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything that was decided before the first measurement. `kernels` are those that the engine would take."""
+
+    config: EngineConfig
+    files: ModelFiles
+    device: Device
+    dtype: torch.dtype
+    kernels: Kernels
+    mix: SteadyMix
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.files.spec
+
+    @property
+    def page_tokens(self) -> int:
+        return self.config.cache.page_tokens
+
+    @property
+    def step(self) -> int:
+        """The grain of sizes: 128 tokens on GPUs, an eighth of the dense batch elsewhere."""
+        return GPU_STEP if self.device.kind == "cuda" else max(1, self.mix.dense_batch // STEPS_A_BATCH)
+
+    @property
+    def implementations(self) -> list[str]:
+        """Backends to profile, the engine's own first: all that work here, or the one that the config names."""
+        own = self.kernels.name
+        if self.config.device.kernels != "auto":
+            return [own]
+        usable = [name for name, refusal in available(self.device.kind, self.dtype) if refusal is None]
+        return [own, *(name for name in usable if name != own)]
+
+    def load(self, *, show_progress: bool) -> DecoderWeights:
+        """The model's own weights for the engine's kernels."""
+        where = self.device.torch_device
+        source = self.files.open_weights()
+        return load_weights(self.spec, source, self.kernels, self.dtype, where, show_progress=show_progress)
+
+    def subject(self, name: str, largest: int, weights: DecoderWeights | None = None) -> Subject:
+        """What to profile for backend `name`: the given weights, else a few layers of random ones."""
+        kernels = self.kernels if name == self.kernels.name else create(name, self.device.kind, self.dtype)
+        spec = self.spec
+        if weights is None or kernels is not self.kernels:
+            spec = few_layers(spec, self.config.model.dtype, self.dtype.itemsize)
+            source = RandomWeights(spec)
+            weights = load_weights(spec, source, kernels, self.dtype, self.device.torch_device, show_progress=False)
+        return Subject(
+            spec, weights, kernels, self.device, self.dtype, self.mix, max_tokens=largest, page_tokens=self.page_tokens
+        )
+
+    def fitting(self, largest: int) -> int:
+        """`largest`, or what of it the free memory holds with keys and values of every request."""
+        per_token = pages_for(1, self.mix.context, [], self.page_tokens) * self.page_tokens
+        kv_bytes = 2 * per_token * self.spec.d_kv * self.dtype.itemsize
+        fits = int(MEMORY_PART * self.device.free_memory_bytes() // max(1, kv_bytes))
+        if fits < largest:
+            _log.warning("sizes go up to %d tokens, not %d: memory holds no more", fits, largest)
+        return max(self.step, min(largest, fits))
+
+
+def open_workbench(config: EngineConfig, workload: str) -> Workbench:
+    """Decide device, precision, kernels and the steady mix of `workload`. Raises the errors of `build_engine`."""
+    files = resolve_model(config.model.model, config.model.load_format, seed=config.model.seed)
+    device = open_device(config)
+    config = resolve_dtype(config, files.spec, device)
+    dtype = TORCH_DTYPES[config.model.dtype]
+    kernels = create(config.device.kernels, device.kind, dtype)
+    dense_batch = config.scheduler.dense_batch or CPU_DENSE_BATCH
+    max_running = min(config.scheduler.max_running or CPU_MAX_RUNNING, dense_batch)
+    longest = config.model.max_model_len or files.spec.max_context_tokens
+    if longest > files.spec.max_context_tokens:
+        raise ConfigError(
+            f"max_model_len is {longest}, but {files.spec.name} was made for {files.spec.max_context_tokens} tokens."
+        )
+    mix = steady_mix(workload, dense_batch, max_running, longest)
+    _log.info("%s: %d decode tokens of %d keys, %d prefill", workload, mix.n_decode, mix.context, mix.n_prefill)
+    return Workbench(config, files, device, dtype, kernels, mix)
+
+
+def few_layers(spec: ModelSpec, dtype: str, element_bytes: int) -> ModelSpec:
+    """The same layers, but only as many as it takes that a cache does not hold them, and a small vocabulary."""
+    bodies = replace(spec, vocab_size=SMALL_VOCABULARY, n_layers=1, experts=None)
+    if spec.experts is not None:
+        bodies = replace(bodies, experts=replace(spec.experts, dense_layers=()))
+    layer_bytes = max(1, (bodies.n_params - SMALL_VOCABULARY * spec.d_model) * element_bytes)
+    count = min(spec.n_layers, max(LEAST_LAYERS, -(-WEIGHT_BYTES_WANTED // layer_bytes)))
+    experts = spec.experts
+    if experts is not None:
+        experts = replace(experts, dense_layers=tuple(n for n in experts.dense_layers if n < count))
+    return replace(spec, vocab_size=SMALL_VOCABULARY, n_layers=count, experts=experts, dtype=dtype)

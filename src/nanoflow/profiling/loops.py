@@ -1,0 +1,117 @@
+"""Timing of operations on a device's lanes: each lane repeats its own until all have run long enough.
+
+Two lanes started together overlap all the time by construction: neither stops before both may, and launches that stick
+out of the common window are left out. It needs lanes whose launches have ended when they return, as the CPU's do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanoflow.device.base import Device, Event, Lane, Launch, Program
+from nanoflow.profiling.subject import Step
+
+WARM_UP = 2
+BARRIER_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Loop:
+    """`step` repeated on a lane with `share` of the device."""
+
+    share: float
+    step: Step
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median time of a launch in µs, the middle half's width relative to it, launches counted, and energy a launch.
+
+    `energy_mj` is that of the device in the time of one launch, idle power included; None where it cannot be read.
+    """
+
+    time_us: float
+    spread: float
+    n: int
+    energy_mj: float | None = None
+
+
+class _Loops:
+    """The issue loop of all lanes of one measurement."""
+
+    def __init__(self, device: Device, n_lanes: int, seconds: float, least: int) -> None:
+        self.spans: list[list[tuple[float, float]]] = [[] for _ in range(n_lanes)]
+        self.energy_j: list[float | None] = [None, None]
+        self._device = device
+        self._barrier = threading.Barrier(n_lanes, action=self._begin)
+        self._seconds = seconds
+        self._least = least
+        self._deadline = 0.0
+        self._stop = False
+
+    def _begin(self) -> None:
+        self.energy_j[0] = self._device.energy_j()
+        self._deadline = time.perf_counter() + self._seconds
+
+    def issue(
+        self, launches: Sequence[Launch], lanes: Sequence[Lane], states: Sequence[Any], events: Sequence[Event]
+    ) -> None:
+        """Repeat each lane's launch; called once a lane."""
+        for launch in launches:
+            try:
+                for k in range(WARM_UP):
+                    launch.run(k)
+                self._barrier.wait(BARRIER_SECONDS)
+                self._repeat(launch)
+            except threading.BrokenBarrierError:
+                return  # another lane failed, and tells why
+            except BaseException:
+                self._stop = True
+                self._barrier.abort()
+                raise
+
+    def _repeat(self, launch: Launch) -> None:
+        spans, k = self.spans[launch.lane], WARM_UP
+        while not self._stop:
+            begin = time.perf_counter()
+            launch.run(k)
+            end = time.perf_counter()
+            spans.append((begin, end))
+            k += 1
+            if end >= self._deadline and all(len(other) >= self._least for other in self.spans):
+                self._stop = True
+        if self.energy_j[1] is None:
+            self.energy_j[1] = self._device.energy_j()
+
+
+def run_loops(device: Device, loops: Sequence[Loop], seconds: float, least: int = 5) -> list[Timing]:
+    """Run `loops` at once, each on a lane of its own, for `seconds` and at least `least` launches each.
+
+    Replaces the device's lanes. Re-raises the first error of any launch.
+    """
+    device.open_lanes([(f"loop{index}", loop.share) for index, loop in enumerate(loops)])
+    control = _Loops(device, len(loops), seconds, least)
+    launches = tuple(Launch(f"loop{index}", index, loop.step, 0) for index, loop in enumerate(loops))
+    device.start(Program(launches, 0), [None], control.issue).synchronize()
+    start = max(spans[0][0] for spans in control.spans)
+    stop = min(spans[-1][1] for spans in control.spans)
+    window = max(spans[-1][1] for spans in control.spans) - min(spans[0][0] for spans in control.spans)
+    watts = _watts(control.energy_j, window)
+    return [_timing([s for s in spans if s[0] >= start and s[1] <= stop] or spans, watts) for spans in control.spans]
+
+
+def _watts(energy_j: Sequence[float | None], seconds: float) -> float | None:
+    before, after = energy_j
+    return None if before is None or after is None else (after - before) / seconds
+
+
+def _timing(spans: Sequence[tuple[float, float]], watts: float | None) -> Timing:
+    times = [(end - begin) * 1e6 for begin, end in spans]
+    median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (median, median, median)
+    return Timing(median, (high - low) / median, len(times), None if watts is None else watts * median / 1e3)
