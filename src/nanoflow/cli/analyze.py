@@ -40,7 +40,7 @@ class Target:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     gpus = f"{THIS_CPU} (this machine, measured; the default), {', '.join(HARDWARE)}"
-    parser.add_argument("model", metavar="MODEL", help="preset, model folder or .gguf file; no weights are read")
+    parser.add_argument("model", metavar="MODEL", help="preset, model folder, config.json or .gguf file")
     parser.add_argument("--gpu", "--hardware", dest="gpu", metavar="NAME", default=THIS_CPU, help=gpus)
     parser.add_argument("--gpus", type=int, default=1, help="devices that hold one copy of the model (default 1)")
     parser.add_argument("--dense-batch", type=int, default=2048, help="tokens of an iteration (default 2048)")
@@ -170,7 +170,7 @@ def _drawing(
         rates=group.rates,
         points=roofline_points(analysis.costs, group.rates),
         caption=(
-            f"Maps: published peaks, {args.dtype}; yellow with a corner mark is compute-bound, blue is not; "
+            f"Maps: published peaks (of cpu measured rates), {args.dtype}; yellow with a corner mark is compute-bound, blue is not; "
             "– : the model does not fit, or there is no link.   "
             f"Roofline: {spec.name} ×{args.gpus}, {batch.n_decode} decode + {batch.n_prefill} prefill tokens."
         ),
@@ -178,7 +178,7 @@ def _drawing(
 
 
 def _machine(name: str, args: argparse.Namespace, target: Target, found: dict[str, tuple[Group, Analysis]]) -> Machine:
-    """A row of the maps; in the row that was asked for, the asked column has the link that was asked for."""
+    """A row of the maps; in the one that was asked for, groups of the size asked for have the link asked for."""
     preset = None if name == THIS_CPU else published_machine(HARDWARE[name], args.dtype)
     group = found.get("published", found.get("measured"))
 
@@ -194,6 +194,11 @@ def _spec(model: str) -> ModelSpec:
     found = find_preset(model)
     if found is not None:
         return found
+    path = Path(model).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        from nanoflow.models.hf_config import read_json, spec_from_hf_config
+
+        return spec_from_hf_config(read_json(path), path.absolute().parent.name)
     from nanoflow.models.registry import resolve_model
 
     return resolve_model(model, "random").spec
