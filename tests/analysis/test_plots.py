@@ -1,4 +1,4 @@
-"""The figure says what the maps and the roofline say, in text that does not overlap; what cannot be drawn is refused."""
+"""The figure says what the maps and the roofline say, in text that does not overlap; bad files are refused."""
 
 from __future__ import annotations
 

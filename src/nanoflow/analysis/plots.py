@@ -67,7 +67,7 @@ def draw_analysis(drawing: Drawing, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with rc_context({"font.size": 9, "axes.titlesize": 10.5, "svg.hashsalt": "nanoflow", "text.color": INK}):
-        width, height = 2.2 + 3.6 * max(len(drawing.memory), 4), 3.6 + 0.62 * len(drawing.network.rows)
+        width, height = 2.2 + 3.6 * max(len(drawing.memory), 4), 3.6 + 0.62 * max(len(drawing.network.rows), 12)
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         top, bottom = figure.subfigures(2, 1, hspace=0.03, squeeze=False)[:, 0]
         _draw_memory(top, drawing)
