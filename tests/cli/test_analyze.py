@@ -65,8 +65,9 @@ def test_the_batch_from_which_compute_binds(capsys: pytest.CaptureFixture[str]) 
         assert _analyze(capsys, *eight, str(tokens // 2 * 2))["measured"]["paper"]["bound"] == bound
 
 
-def test_long_decode_is_memory_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    found = _analyze(capsys, *PAPER, "--workload", "512/8192")["published"]
+@pytest.mark.parametrize("model", ["qwen2-72b", "llama-2-70b"])
+def test_long_decode_is_memory_bound(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    found = _analyze(capsys, model, *PAPER[1:], "--workload", "512/8192")["published"]
     assert found["batch"]["limited_by_memory"]
     assert found["iteration"]["bound"] == found["paper"]["bound"] == "memory"
     assert found["paper"]["t_r"] > 1
