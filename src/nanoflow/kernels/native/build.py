@@ -26,7 +26,10 @@ from nanoflow.core.log import get_logger
 
 _log = get_logger(__name__)
 SOURCE_DIR = Path(__file__).parent / "src"
-_COMPILE_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-pthread", "-fPIC", "-fvisibility=hidden", "-w")
+_COMPILE_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=off"),
+    *("-fopenmp", "-pthread", "-fPIC", "-fvisibility=hidden", "-w"),
+)
 
 
 class BuildError(Exception):

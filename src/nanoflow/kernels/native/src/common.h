@@ -10,8 +10,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define NF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -39,6 +41,28 @@ static NF_INLINE vf vload(const float* p) {
 }
 static NF_INLINE void vstore(float* p, vf v) { memcpy(p, &v, sizeof v); }
 static NF_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// a · b + c with one rounding where the processor can. Contraction by the compiler is off (see build.py): it would fuse
+// in one tile shape and not in another, and a row's result would depend on the batch.
+static NF_INLINE vf vfma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+    for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    memcpy(&c, z, 64);
+    return c;
+#elif defined(__aarch64__)
+    float32x4_t x[4], y[4], z[4];
+    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+    for (int i = 0; i < 4; i++) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+    memcpy(&c, z, 64);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 
 static NF_INLINE float hmax(vf v) {
 #if defined(__AVX512F__)
@@ -87,7 +111,7 @@ struct F32 {
     static NF_INLINE Packed load_packed(const T* p) { return vload(p); }
     static NF_INLINE Packed spread(const T* p) { return vset(*p); }
     static NF_INLINE Packed spread_last(const T* p) { return vset(*p); }
-    static NF_INLINE vf dot(vf acc, Packed a, Packed b) { return acc + a * b; }
+    static NF_INLINE vf dot(vf acc, Packed a, Packed b) { return vfma(a, b, acc); }
 };
 
 struct BF16 {
@@ -124,8 +148,8 @@ struct BF16 {
 #if defined(__AVX512BF16__)
         return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
-        acc = acc + (vf)(a << 16) * (vf)(b << 16);
-        return acc + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+        acc = vfma((vf)(a << 16), (vf)(b << 16), acc);
+        return vfma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
 #endif
     }
 };
@@ -141,7 +165,7 @@ static NF_INLINE vf vexp2(vf x) {
     vi n = (vi)shifted - 0x4b400000;
     vf f = bounded - (shifted - 12582912.0f);
     vf p = vset(C[DEGREE]);
-    NF_UNROLL for (int i = DEGREE - 1; i >= 0; i--) p = p * f + C[i];
+    NF_UNROLL for (int i = DEGREE - 1; i >= 0; i--) p = vfma(p, f, vset(C[i]));
     vf result = (vf)((vi)p + (n << 23));
     return x < -126.0f ? vf{} : result;
 }
@@ -151,12 +175,12 @@ static NF_INLINE vf vexp(vf x) {  // split of the argument keeps the relative er
     vf n = shifted - 12582912.0f;
     vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     vf p = vset(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    p = vfma(p, r, vset(1.3981999507e-3f));
+    p = vfma(p, r, vset(8.3334519073e-3f));
+    p = vfma(p, r, vset(4.1665795894e-2f));
+    p = vfma(p, r, vset(1.6666665459e-1f));
+    p = vfma(p, r, vset(5.0000001201e-1f));
+    p = vfma(p, r * r, r) + 1.0f;
     vf result = (vf)((vi)p + (((vi)shifted - 0x4b400000) << 23));
     result = x > 88.3f ? vset(__builtin_inff()) : result;
     return x < -87.3f ? vf{} : result;
@@ -172,7 +196,7 @@ static NF_INLINE vf vlog(vf x) {  // natural logarithm of positive normal number
     constexpr float C[9] = {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
                             -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
     vf y = vset(C[0]);
-    for (int i = 1; i < 9; i++) y = y * m + C[i];
+    for (int i = 1; i < 9; i++) y = vfma(y, m, vset(C[i]));
     y = y * m * z + e * -2.12194440e-4f - z * 0.5f;
     return m + y + e * 0.693359375f;
 }
