@@ -170,7 +170,7 @@ def _drawing(
         rates=group.rates,
         points=roofline_points(analysis.costs, group.rates),
         caption=(
-            f"Maps: published peaks (cpu: measured), {args.dtype}; yellow with a corner mark: compute-bound; blue: not; "
+            f"Maps: published peaks (cpu: measured), {args.dtype}; yellow with a mark: compute-bound; blue: not; "
             "– : the model does not fit, or there is no link.   "
             f"Roofline: {spec.name} ×{args.gpus}, {batch.n_decode} decode + {batch.n_prefill} prefill tokens."
         ),
