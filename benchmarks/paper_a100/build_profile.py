@@ -1,10 +1,10 @@
 """Write the NanoFlow paper's own measurements (Tables 2 and 3: Llama-2-70B, 8 × A100, TP 8) as profile files.
 
-Table 2 gives each op's time for the whole batch of 2048 tokens. What a smaller nano-batch costs is not printed, so it is
-assumed: every op has a fixed part f, time(b) = time(whole) · (f + (1 − f) · b / whole). f is set so that the paper's split
-(Figure 6: QKV and decode attention in 4 nano-operations, the rest in 2) run one after the other loses what Figure 9
-shows for "nano-batches, no overlap": the mean of its four workloads. Energies are not in the paper, so there is no power
-floor here.
+Table 2 gives each op's time for the whole batch of 2048 tokens. What a smaller nano-batch costs is not printed, so it
+is assumed: every op has a fixed part f, time(b) = time(whole) · (f + (1 − f) · b / whole). f is set so that the paper's
+split (Figure 6: QKV and decode attention in 4 nano-operations, the rest in 2) run one after the other loses what
+Figure 9 shows for "nano-batches, no overlap": the mean of its four workloads. Energies are not in the paper, so there
+is no power floor here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from nanoflow.core.ops import Op, Resource
 HERE = Path(__file__).resolve().parent
 BATCH, DECODE, LAYERS, STEP = 2048, 1024, 80, 128
 
-# Table 2, measured, whole model, ms. Up and gate are one op here; network is two all-gathers and one all-reduce a layer,
-# and an all-reduce sends twice the bytes of an all-gather.
+# Table 2, measured, whole model, ms. Up and gate are one op here; network is two all-gathers and one all-reduce a
+# layer, and an all-reduce sends twice the bytes of an all-gather.
 TABLE_2_MS = {
     Op.QKV: 16.08,
     Op.O: 16.01,
@@ -56,7 +56,9 @@ def mean_loss() -> float:
 
 
 def fixed_part() -> float:
-    """f: splitting an op into n pieces costs (n − 1) · f of its time; the split of Figure 6 must cost what Figure 9 shows."""
+    """f: splitting an op into n pieces costs (n − 1) · f of its time; the split of Figure 6 must cost what Figure 9
+    shows.
+    """
     total = sum(TABLE_2_MS[op] * TIMES_A_LAYER.get(op, 1) for op in TABLE_2_MS)
     extra = sum(TABLE_2_MS[op] * TIMES_A_LAYER.get(op, 1) * (PIECES_IN_FIGURE_6.get(op, 2) - 1) for op in TABLE_2_MS)
     return (1.0 / (1.0 - mean_loss()) - 1.0) * total / extra

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.search.tiny import BATCH, CHAIN, FORMS, PAIR, THREE_RESOURCES, problems
 
 from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.timeline import predict
@@ -16,6 +15,7 @@ from nanoflow.search.relaxation import relax
 from nanoflow.search.schedule import Schedule
 from nanoflow.search.stage1 import solve_stage1
 from nanoflow.search.stage2 import one_at_a_time, solve_stage2
+from tests.search.tiny import BATCH, CHAIN, FORMS, PAIR, THREE_RESOURCES, problems
 
 pytest.importorskip("highspy", reason="the MILPs need HiGHS")
 SLOW = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -23,14 +23,14 @@ NEAR = 1e-6
 
 
 def cut(graph: LayerGraph, boundary: int | None) -> Layout:
-    return Layout(BATCH, {op: (boundary,) for op in graph.ops} if boundary else {})
+    return Layout(BATCH, dict.fromkeys(graph.ops, (boundary,)) if boundary else {})
 
 
 def check_runs_as_predicted(problem: Problem, schedule: Schedule) -> None:
     """The pipeline is valid, its shares never exceed 1, and the executor's rules give the same period."""
     pipeline = schedule.to_pipeline("x")
     pipeline.validate(problem.graph)
-    timeline = predict(pipeline, problem.graph, lambda nano, share: problem.time_us(nano, share))
+    timeline = predict(pipeline, problem.graph, problem.time_us)
     assert max(timeline.period_us, problem.power_floor_us(schedule.instance.tasks)) <= schedule.period_us * (1 + NEAR)
     share = {lane.name: lane.share for lane in pipeline.lanes}
     for usage in timeline.usage():
@@ -71,7 +71,12 @@ def test_stage1_chooses_the_best_forms(problem: Problem, boundary: int | None) -
 
 @pytest.mark.parametrize(
     ("graph", "boundary", "shares"),
-    [(CHAIN, None, (0.3, 0.7, 1.0)), (PAIR, 3, (0.3, 0.7, 1.0)), (THREE_RESOURCES, None, (0.3, 0.4, 1.0)), (FORMS, None, (0.3, 1.0))],
+    [
+        (CHAIN, None, (0.3, 0.7, 1.0)),
+        (PAIR, 3, (0.3, 0.7, 1.0)),
+        (THREE_RESOURCES, None, (0.3, 0.4, 1.0)),
+        (FORMS, None, (0.3, 1.0)),
+    ],
     ids=["chain", "pair in two", "three", "forms"],
 )
 def test_stage2_is_optimal(graph: LayerGraph, boundary: int | None, shares: tuple[float, ...]) -> None:

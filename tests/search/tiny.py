@@ -63,9 +63,7 @@ def table(
 
 
 times = st.tuples(st.integers(1, 20), st.integers(1, 60)).map(lambda t: (float(t[0]), float(max(t))))
-curves = st.tuples(st.integers(2, 9), st.integers(2, 9)).map(
-    lambda p: ((0.3, min(p) / 10), (0.7, max(p) / 10))
-)
+curves = st.tuples(st.integers(2, 9), st.integers(2, 9)).map(lambda p: ((0.3, min(p) / 10), (0.7, max(p) / 10)))
 
 
 @st.composite

@@ -141,8 +141,8 @@ class ProfileTable:
     def best(self, op: Op, tokens: float, share: float = 1.0) -> tuple[str, float]:
         """The fastest implementation of `op` on `tokens` tokens at `share`, and its time in µs.
 
-        Piecewise linear between measured sizes, constant below the smallest. Raises `ConfigError` beyond the largest, and
-        for a share that was not measured.
+        Piecewise linear between measured sizes, constant below the smallest. Raises `ConfigError` beyond the largest,
+        and for a share that was not measured.
         """
         by_name = self._times.get((self.measured_op(op), share))
         if by_name is None:
@@ -161,8 +161,8 @@ class ProfileTable:
     def performance(self, resource: Resource, share: float) -> float:
         """P(R): the part of its solo speed that an op of `resource` keeps at share R while the others use the rest.
 
-        The lowest of the measured pairs. Compute without a curve by true share is P = R, by the definition of R; another
-        resource that was never measured beside anything raises `ConfigError`.
+        The lowest of the measured pairs. Compute without a curve by true share is P = R, by the definition of R;
+        another resource that was never measured beside anything raises `ConfigError`.
         """
         if not 0.0 <= share <= 1.0:
             raise ConfigError(f"a share must lie between 0 and 1, not {share}.")

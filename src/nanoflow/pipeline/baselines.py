@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from nanoflow.core.errors import PipelineError
 from nanoflow.pipeline.graph import LayerGraph
@@ -24,8 +25,8 @@ def nano_batches(graph: LayerGraph, dense_batch: int, boundaries: Sequence[int])
     The ablation that pays for splitting without gaining overlap.
     """
     edges = [0, *boundaries, dense_batch]
-    if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(edges)):
         raise PipelineError(f"boundaries must rise strictly between 0 and {dense_batch}, got {list(boundaries)}.")
-    cuts = list(zip(edges, edges[1:], strict=False))
+    cuts = list(pairwise(edges))
     nano_ops = tuple(NanoOp(op, start, stop, "main") for op in graph.ops_of_form() for start, stop in cuts)
     return Pipeline("nano-batches", dense_batch, (LaneSpec("main"),), nano_ops)

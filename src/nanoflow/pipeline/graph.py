@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import Op
@@ -65,8 +66,9 @@ def layer_graph(spec: ModelSpec, ranks: int = 1) -> LayerGraph:
     """The graph of one layer of `spec` on each of `ranks` tensor-parallel ranks.
 
     Models with experts run `EXPERTS` in every layer; in their dense layers that op computes the plain feed-forward.
-    With several ranks the attention output (split by heads) joins in one of two forms: `O` on the rank's own heads, then
-    all-reduce; or all-gather, `O_COLUMN` on the rank's own output columns, all-gather. The wire carries the same bytes.
+    With several ranks the attention output (split by heads) joins in one of two forms: `O` on the rank's own heads,
+    then all-reduce; or all-gather, `O_COLUMN` on the rank's own output columns, all-gather. The wire carries the same
+    bytes.
     """
     attention = (Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION)
     feed_forward = (Op.GATE_UP, Op.DOWN) if spec.experts is None else (Op.EXPERTS,)
@@ -80,8 +82,8 @@ def layer_graph(spec: ModelSpec, ranks: int = 1) -> LayerGraph:
     for join in joins:
         edges += [Edge(op, join[0]) for op in attention]
         chain = (*join, ends[0])
-        edges += [Edge(a, b) for a, b in zip(chain, chain[1:])]
-    edges += [Edge(a, b) for a, b in zip(ends, ends[1:])]
+        edges += [Edge(a, b) for a, b in pairwise(chain)]
+    edges += [Edge(a, b) for a, b in pairwise(ends)]
     edges.append(Edge(ends[-1], Op.QKV, next_layer=True))
     joined = tuple(op for join in joins for op in join)
     return LayerGraph(ops=(Op.QKV, *attention, *joined, *ends), edges=tuple(edges), forms=forms)

@@ -1,7 +1,7 @@
 """How fast an endless repetition of one layer can run: the period, exactly, from durations and precedences.
 
-Task i of layer k starts at s_i + k·T. A precedence (i → j, back h) says s_j + h·T ≥ s_i + d_i: j waits for i of h layers
-before. The least T for which such s exist is the largest ratio Σd / Σh over the cycles of precedences (max-plus
+Task i of layer k starts at s_i + k·T. A precedence (i → j, back h) says s_j + h·T ≥ s_i + d_i: j waits for i of h
+layers before. The least T for which such s exist is the largest ratio Σd / Σh over the cycles of precedences (max-plus
 algebra: F. Baccelli et al., Synchronization and Linearity, 1992, section 3.2). It is found by raising T to the ratio of
 any cycle that is still too slow, until there is none.
 """

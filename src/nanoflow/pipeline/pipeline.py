@@ -14,8 +14,7 @@ from typing import Any
 
 from nanoflow.core.errors import PipelineError
 from nanoflow.core.ops import Op
-from nanoflow.core.ops import Op
-from nanoflow.pipeline.graph import Edge, LayerGraph, Scope
+from nanoflow.pipeline.graph import Edge, Form, LayerGraph, Scope
 
 FORMAT_VERSION = 1
 
@@ -41,8 +40,8 @@ class NanoOp:
     """`op` on rows [start, stop) of the dense batch, launched on lane `lane`.
 
     `variant` names an implementation where the op has several; empty takes the default. `after` names what must
-    be done first although nothing of it is read: so two nano-operations of one resource, or whose lanes' shares exceed the
-    device together, never run at once.
+    be done first although nothing of it is read: so two nano-operations of one resource, or whose lanes' shares
+    exceed the device together, never run at once.
     """
 
     op: Op

@@ -1,13 +1,15 @@
 """The predicted timeline of a Pipeline in steady state: layer after layer, the next one beginning before this one ends.
 
-It follows the executor's rules and no others: lanes are in order, a nano-operation starts when its lane is free and what
-it waits for is done, and lanes do not otherwise slow each other (interference is in the cost that the caller gives).
+It follows the executor's rules and no others: lanes are in order, a nano-operation starts when its lane is free and
+what it waits for is done, and lanes do not otherwise slow each other (interference is in the cost that the caller
+gives).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nanoflow.core.ops import RESOURCE, Resource
 from nanoflow.pipeline.graph import LayerGraph
@@ -70,7 +72,7 @@ class Timeline:
         moments = sorted({0.0, self.period_us, *(p.start_us for p in pieces), *(p.end_us for p in pieces)})
         return tuple(
             Usage(begin, end, tuple(p.index for p in pieces if p.start_us <= begin and p.end_us >= end))
-            for begin, end in zip(moments, moments[1:])
+            for begin, end in pairwise(moments)
             if end - begin > 1e-9 * self.period_us
         )
 
@@ -96,7 +98,7 @@ def precedences(pipeline: Pipeline, graph: LayerGraph) -> tuple[Precedence, ...]
     ]
     for lane in pipeline.lanes:
         queue = [index for index, nano in enumerate(pipeline.nano_ops) if nano.lane == lane.name]
-        edges += [Precedence(a, b) for a, b in zip(queue, queue[1:])]
+        edges += [Precedence(a, b) for a, b in pairwise(queue)]
         if queue:
             edges.append(Precedence(queue[-1], queue[0], 1))
     return tuple(edges)

@@ -1,13 +1,13 @@
 """The oracle: every order, form, share and separation of a tiny instance, each evaluated exactly. No solver.
 
-It shares with the MILPs only what a schedule is (`schedule`, `pipeline.period`), not how one is found. The number of cases
-is a product over pairs of tasks, so it is for instances of a few tasks.
+It shares with the MILPs only what a schedule is (`schedule`, `pipeline.period`), not how one is found. The number of
+cases is a product over pairs of tasks, so it is for instances of a few tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations, permutations, product
+from itertools import combinations, pairwise, permutations, product
 
 from nanoflow.core.errors import PipelineError
 from nanoflow.pipeline.period import Precedence
@@ -67,7 +67,7 @@ def _lane_orders(instance: Instance) -> Iterator[Apart]:
     """Every order of each resource's tasks, as precedences."""
     lanes = [
         [
-            tuple(Precedence(a, b) for a, b in zip(order, order[1:])) + (Precedence(order[-1], order[0], 1),)
+            (*(Precedence(a, b) for a, b in pairwise(order)), Precedence(order[-1], order[0], 1))
             for order in permutations(group)
         ]
         for group in instance.by_resource().values()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Layout:
 
     def slices(self, op: Op) -> list[tuple[int, int]]:
         edges = [0, *self.cuts.get(op, ()), self.dense_batch]
-        return list(zip(edges, edges[1:]))
+        return list(pairwise(edges))
 
     @property
     def key(self) -> tuple[tuple[Op, tuple[int, ...]], ...]:
@@ -80,7 +81,9 @@ class Instance:
         """The instance in which choice i takes form `chosen[i]`, with the other forms' tasks left out."""
         kept = self.kept(chosen)
         new = {old: index for index, old in enumerate(kept)}
-        reads = tuple(Precedence(new[e.before], new[e.after], e.back) for e in self.reads if {e.before, e.after} <= set(new))
+        reads = tuple(
+            Precedence(new[e.before], new[e.after], e.back) for e in self.reads if {e.before, e.after} <= set(new)
+        )
         return Instance(tuple(self.tasks[index] for index in kept), reads)
 
     @cached_property
@@ -90,7 +93,7 @@ class Instance:
         for index, task in enumerate(self.tasks):
             pieces.setdefault(task.op, []).append(index)
         ordered = [sorted(group, key=lambda index: self.tasks[index].start) for group in pieces.values()]
-        return tuple(Precedence(a, b) for group in ordered for a, b in zip(group, group[1:]))
+        return tuple(Precedence(a, b) for group in ordered for a, b in pairwise(group))
 
     @cached_property
     def known(self) -> tuple[Precedence, ...]:
@@ -98,7 +101,8 @@ class Instance:
         return tuple(dict.fromkeys((*self.reads, *self.row_order)))
 
     def least_back(self, decided: Sequence[Precedence] = ()) -> np.ndarray:
-        """[i, j]: the least h for which j always starts after i of h layers before, by what is known and by in-order lanes.
+        """[i, j]: the least h for which j always starts after i of h layers before, by what is known and by in-order
+        lanes.
 
         `decided` precedences count as known.
 
@@ -126,9 +130,7 @@ def least_back(n: int, edges: Iterable[Precedence], back: np.ndarray | None = No
 
 def build(graph: LayerGraph, layout: Layout) -> Instance:
     """All tasks of `layout`, those of every form included."""
-    tasks = tuple(
-        NanoOp(op, start, stop, str(RESOURCE[op])) for op in graph.ops for start, stop in layout.slices(op)
-    )
+    tasks = tuple(NanoOp(op, start, stop, str(RESOURCE[op])) for op in graph.ops for start, stop in layout.slices(op))
     lanes = tuple(LaneSpec(name) for name in sorted({task.lane for task in tasks}))
     shadow = Pipeline("", layout.dense_batch, lanes, tasks)
     reads = tuple(

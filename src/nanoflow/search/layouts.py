@@ -1,4 +1,6 @@
-"""Which sizes a search tries: a number of nano-batches cut everywhere alike, then single ops cut finer where it may pay."""
+"""Which sizes a search tries: a number of nano-batches cut everywhere alike, then single ops cut finer where it may
+pay.
+"""
 
 from __future__ import annotations
 

@@ -145,7 +145,8 @@ def _new_highs() -> Any:
         import highspy
     except ImportError as error:
         raise ConfigError("the search needs HiGHS; install it with: pip install 'nanoflow-serve[search]'.") from error
-    highs = highspy.Highs()
+    solver: Any = highspy.Highs  # highspy carries no annotations
+    highs = solver()
     highs.setOptionValue("output_flag", True)  # callbacks need it; nothing reaches the console
     highs.setOptionValue("log_to_console", False)
     highs.setOptionValue("random_seed", 0)

@@ -5,8 +5,8 @@ With T the period, s_i the start of task i in its layer's frame and d_i its dura
     reads       s_j + h·T ≥ s_i + d_i                                     for every (i → j, back h)
     apart o     s_j + o·T ≥ s_i + d_i  and  s_i + (1 − o)·T ≥ s_j + d_j   if x_ijo = 1, o ∈ {0, 1}
 
-"apart o" says that j of o layers later lies between two consecutive runs of i: the cyclic form of "one after the other".
-Because o is a constant in each row, T stays linear. Which o are possible follows from what is read.
+"apart o" says that j of o layers later lies between two consecutive runs of i: the cyclic form of "one after the
+other". Because o is a constant in each row, T stays linear. Which o are possible follows from what is read.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def plus(*many: Terms) -> Terms:
 class PeriodModel:
     """Columns for T and the starts of `instance`, and methods that add rows. `horizon` bounds T from above.
 
-    The span of one layer is at most `horizon` × the number of resources: lanes work on layers in order, so a lane's part
-    of a layer fits in one period, and some lane that began earlier is always at work when a lane begins.
+    The span of one layer is at most `horizon` × the number of resources: lanes work on layers in order, so a lane's
+    part of a layer fits in one period, and some lane that began earlier is always at work when a lane begins.
     """
 
     def __init__(self, instance: Instance, horizon: float) -> None:

@@ -1,4 +1,6 @@
-"""What a search is asked: a layer's op graph, a profile, the dense batch, and the limits of nano-operations and shares."""
+"""What a search is asked: a layer's op graph, a profile, the dense batch, and the limits of nano-operations and
+shares.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ class RowMix:
 class Problem:
     """A search. `step` is the grain of nano-batch sizes in rows, `max_nano_ops` the most pieces of one op.
 
-    Overlap is allowed between different resources of `overlapping`; ops of the others run alone. `shares` are the R that
-    lanes may have.
+    Overlap is allowed between different resources of `overlapping`; ops of the others run alone. `shares` are the R
+    that lanes may have.
     """
 
     graph: LayerGraph
@@ -67,7 +69,7 @@ class Problem:
             raise ConfigError(f"shares must lie above 0 and at most at 1, with 1 among them, got {self.shares}.")
         for op in self.graph.ops:
             self.solo_us(NanoOp(op, 0, self.dense_batch, ""))
-            if RESOURCE[op] in self.overlapping:
+            if RESOURCE[op] in self.overlapping and min(self.shares) < 1.0:
                 self.table.performance(RESOURCE[op], 0.5)
 
     @property
@@ -93,7 +95,9 @@ class Problem:
     def _performance(self) -> dict[tuple[Resource, float], float]:
         used = {RESOURCE[op] for op in self.graph.ops}
         return {
-            (resource, share): self.table.performance(resource, share) if resource in self.overlapping else float(share == 1)
+            (resource, share): self.table.performance(resource, share)
+            if resource in self.overlapping
+            else float(share == 1)
             for resource in used
             for share in self.shares
         }

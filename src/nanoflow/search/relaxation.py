@@ -1,6 +1,7 @@
 """The lower bound of stage 2: no bubbles, only the shares are paid.
 
-Drop the starts from stage 2 and let a task spread over several shares: x_ik ≥ 0 is the part of task i done at share R_k.
+Drop the starts from stage 2 and let a task spread over several shares: x_ik ≥ 0 is the part of task i done at share
+R_k.
 
     Σ_k x_ik = 1
     T ≥ Σ_i Σ_k x_ik · T_i / P(R_k)              over the tasks of each resource: one at a time

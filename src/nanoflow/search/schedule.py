@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 from nanoflow.core.ops import Resource
 from nanoflow.pipeline.period import Precedence, Steady, steady_state
@@ -76,7 +76,7 @@ class Schedule:
         edges: list[Precedence] = []
         for group in self.instance.by_resource().values():
             queue = [index for index in order if index in group]
-            edges += [Precedence(a, b) for a, b in zip(queue, queue[1:])]
+            edges += [Precedence(a, b) for a, b in pairwise(queue)]
             if len(queue) > 1:
                 edges.append(Precedence(queue[-1], queue[0], 1))
         return edges
@@ -109,7 +109,7 @@ class Schedule:
         held = list(self.instance.reads)
         for lane in sorted(set(lane_of)):
             queue = [index for index in order if lane_of[index] == lane]
-            held += [Precedence(a, b) for a, b in zip(queue, queue[1:])]
+            held += [Precedence(a, b) for a, b in pairwise(queue)]
             held.append(Precedence(queue[-1], queue[0], 1))
         wanted = list(dict.fromkeys(e for e in (*self.resource_order(), *self._cross()) if e not in held))
         for edge in list(wanted):
@@ -119,7 +119,9 @@ class Schedule:
         return wanted
 
     def _cross(self) -> list[Precedence]:
-        """Precedences between resources, without pairs whose shares fit beside each other and all that may join them."""
+        """Precedences between resources, without pairs whose shares fit beside each other and all that may join
+        them.
+        """
         groups = list(self.instance.by_resource().values())
         wide = [
             tasks
@@ -155,20 +157,18 @@ class Schedule:
                     continue
                 if (same and size > 2) or not self._meet(some, period, starts):
                     continue
-                return f"{[str(self.instance.tasks[i].op) for i in some]} overlap with shares {[self.shares[i] for i in some]}"
+                names = ", ".join(f"{self.instance.tasks[i].op} at share {self.shares[i]}" for i in some)
+                return f"these overlap: {names}"
         return None
 
     def _meet(self, some: Sequence[int], period: float, starts: Sequence[float]) -> bool:
         """Whether runs of all these tasks share a moment, in any layers."""
         moments = [starts[i] % period for i in some]
-        for moment in moments:
-            if all(self._runs_at(i, moment, period, starts) for i in some):
-                return True
-        return False
+        return any(all(self._runs_at(i, moment, period, starts) for i in some) for moment in moments)
 
     def _runs_at(self, task: int, moment: float, period: float, starts: Sequence[float]) -> bool:
         since = (moment - starts[task]) % period
-        return since < self.durations[task] - 1e-7 * period and period - since > 1e-7 * period or (
+        return (since < self.durations[task] - 1e-7 * period and period - since > 1e-7 * period) or (
             period - since <= 1e-7 * period and self.durations[task] > 1e-7 * period
         )
 
@@ -181,6 +181,6 @@ def lane_name(resource: Resource, share: float) -> str:
 def sequential_schedule(problem: Problem, instance: Instance) -> Schedule:
     """Tasks of `instance` (forms chosen) one after the other in topological order, each with the whole device."""
     n = len(instance)
-    apart = [Precedence(a, b) for a, b in zip(range(n), range(1, n))]
+    apart = [Precedence(a, b) for a, b in pairwise(range(n))]
     apart += [Precedence(n - 1, 0, 1)]
     return Schedule(problem, instance, (1.0,) * n, tuple(apart))

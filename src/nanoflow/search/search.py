@@ -1,8 +1,9 @@
 """The search: sizes from coarse to fine, stage 1 and stage 2 for each that could still win, the best pipelines out.
 
-Sizes are tried in rounds: the whole batch, two nano-batches, three, … and then finer pieces of single ops beside bubbles.
-Three lower bounds decide what is worth solving: the relaxation of stage 2, the period without interference (stage 1), and
-the MILP's own. A round that brings nothing ends the growth. The sequential pipeline is always among the answers.
+Sizes are tried in rounds: the whole batch, two nano-batches, three, … and then finer pieces of single ops beside
+bubbles. Three lower bounds decide what is worth solving: the relaxation of stage 2, the period without interference
+(stage 1), and the MILP's own. A round that brings nothing ends the growth. The sequential pipeline is always among the
+answers.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ from nanoflow.search.stage2 import Stage2Result, one_at_a_time, solve_stage2
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """How long and how far to search. `min_gain` is the least relative improvement that a finer cut must bring."""
+    """How long and how far to search.
+
+    `solve_seconds` and `solve_nodes` (of branch and bound) limit one solve; the nodes do so alike on a busy machine.
+    `min_gain` is the least relative improvement that a finer cut must bring."""
 
     seconds: float = 600.0
     solve_seconds: float = 60.0
+    solve_nodes: int | None = None
     best: int = 3
     threads: int = 1
     min_gain: float = 0.002
@@ -40,6 +45,9 @@ class SearchLimits:
     def __post_init__(self) -> None:
         if not (self.seconds > 0 and self.solve_seconds > 0 and self.best >= 1 and self.threads >= 1):
             raise ConfigError("a search needs seconds, solve seconds, threads and candidates above 0.")
+
+
+DEFAULT_LIMITS = SearchLimits()
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,9 @@ class Candidate:
         }
 
 
-def search(problem: Problem, limits: SearchLimits = SearchLimits(), on_progress: OnProgress | None = None) -> list[Candidate]:
+def search(
+    problem: Problem, limits: SearchLimits = DEFAULT_LIMITS, on_progress: OnProgress | None = None
+) -> list[Candidate]:
     """The best distinct pipelines, fastest first; the sequential one is always among them.
 
     The same problem gives the same answer as long as no time limit cuts a solve short. Raises `ConfigError` for a
@@ -177,6 +187,7 @@ class _Search:
             one_at_a_time(first.schedule),
             instance,
             seconds=min(self.left_s, self.limits.solve_seconds),
+            nodes=self.limits.solve_nodes,
             threads=self.limits.threads,
             cutoff_us=self.cutoff_us,
             on_progress=self._reporter(note),
@@ -186,7 +197,9 @@ class _Search:
 
     def _stage1(self, family: list[Instance], note: str) -> Any:
         seconds = min(self.left_s, self.limits.solve_seconds)
-        return solve_stage1(self.problem, family, seconds=seconds, threads=self.limits.threads, on_progress=self._reporter(note))
+        return solve_stage1(
+            self.problem, family, seconds=seconds, threads=self.limits.threads, on_progress=self._reporter(note)
+        )
 
     def _keep(
         self, layout: Layout, result: Stage2Result, bound_us: float, stage1_us: float, seconds: float, note: str

@@ -1,7 +1,8 @@
-"""Stage 1: sizes, forms and order of nano-operations that leave the fewest bubbles, with times as if ops did not interfere.
+"""Stage 1: sizes, forms and order of nano-operations that leave the fewest bubbles, with times as if ops did not
+interfere.
 
-For a family of layouts (same tasks, other sizes) one MILP chooses a layout (binaries w_l), a form for each group of rows
-(binaries p), and an order of any two tasks of one resource, so that the period T is least:
+For a family of layouts (same tasks, other sizes) one MILP chooses a layout (binaries w_l), a form for each group of
+rows (binaries p), and an order of any two tasks of one resource, so that the period T is least:
 
     d_i = Σ_l w_l · T_solo(op_i, size_il)          (0 for tasks of a form that is not chosen)
     exactly one order o for each two tasks of one resource that both run
@@ -116,4 +117,3 @@ def solve_stage1(
     found = baseline if outcome.values is None else model.schedule(outcome.values)
     best = min((found, baseline), key=lambda schedule: schedule.period_us)
     return Stage1Result(best, min(outcome.bound, best.period_us), outcome.optimal, outcome.seconds)
-

@@ -1,15 +1,15 @@
 """Stage 2: the share of each nano-operation, now that overlapping ops slow each other.
 
 For the sizes that stage 1 chose, one MILP picks a share R_k for every task (binaries z_ik), which tasks of different
-resources are kept apart (binaries x, see `period_model`) and, unless the order of stage 1 is to be kept, forms and order
-once more, so that the period T is least:
+resources are kept apart (binaries x, see `period_model`) and, unless the order of stage 1 is to be kept, forms and
+order once more, so that the period T is least:
 
     d_i = Σ_k z_ik · T_i / P(R_k),   r_i = Σ_k z_ik · R_k,   Σ_k z_ik = 1 (0 for tasks of a form not chosen)
     Σ_{i in S} r_i ≤ 1 + Σ_{pairs in S} Σ_o x_ijo   for every S of tasks of different resources that may overlap
     T ≥ Σ r_i · d_i (the area of all tasks), T ≥ Σ d_i over each resource, T ≥ power floor
 
-A set of tasks that are not kept apart pairwise counts as overlapping. Three tasks can, in principle, meet pairwise without
-ever running all at once (around the period); the model does not use that.
+A set of tasks that are not kept apart pairwise counts as overlapping. Three tasks can, in principle, meet pairwise
+without ever running all at once (around the period); the model does not use that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 from nanoflow.core.errors import PipelineError
 from nanoflow.pipeline.period import Precedence
@@ -130,7 +130,7 @@ class _Model(PeriodModel):
 def one_at_a_time(schedule: Schedule) -> Schedule:
     """The tasks in the launch order of `schedule`, each alone with the whole device: always allowed in stage 2."""
     order = schedule.launch_order
-    apart = [Precedence(a, b) for a, b in zip(order, order[1:])] + [Precedence(order[-1], order[0], 1)]
+    apart = [Precedence(a, b) for a, b in pairwise(order)] + [Precedence(order[-1], order[0], 1)]
     return Schedule(schedule.problem, schedule.instance, (1.0,) * len(order), tuple(apart))
 
 
