@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nanoflow import __version__
-from nanoflow.cli import analyze, chat, doctor, generate, models, pipeline, profile, search, serve
+from nanoflow.cli import analyze, chat, doctor, generate, models, pipeline, profile, search, serve, tune
+from nanoflow.cli.parser import SentenceParser
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError, NanoflowError
 from nanoflow.core.log import setup_logging
@@ -47,13 +48,14 @@ COMMANDS: dict[str, Command] = {
     "analyze": analyze,
     "profile": profile,
     "search": search,
+    "tune": tune,
     "pipeline": pipeline,
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = SentenceParser(
         prog="nanoflow",
         description="Serve language models close to the limit of the machine.",
         allow_abbrev=False,

@@ -13,7 +13,7 @@ from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.stats import WorkDone
 from nanoflow.device.base import Device
 from nanoflow.engine.core import EngineCore
-from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, open_device, resolve_dtype, resolve_sizes
+from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, find_tuned, open_device, resolve_dtype, resolve_sizes
 from nanoflow.engine.sampler import LogitsSampler
 from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
 from nanoflow.engine.submission import Submission
@@ -59,11 +59,10 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     spec, other = files.spec, config.model.tokenizer
     tokenizer = files.load_tokenizer() if other is None else load_tokenizer(other, spec.eos_ids)
     device = open_device(config)
-    graph = layer_graph(spec)
-    pipeline = choose_pipeline(config, graph)
     config = resolve_dtype(config, spec, device)
     dtype = TORCH_DTYPES[config.model.dtype]
     kernels = create(config.device.kernels, device.kind, dtype)
+    pipeline = choose_pipeline(config, layer_graph(spec), find_tuned(config, spec, device, kernels.name))
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
     weights = load_weights(spec, files.open_weights(), kernels, dtype, device.torch_device, show_progress=show_progress)
     config = resolve_sizes(config, spec, device, pipeline)

@@ -1,12 +1,15 @@
 """Runs pipelines of one model beside each other on one device kind, each iteration on the same synthetic steady batch.
 
-Every pipeline gets an executor with lanes of its own, so taking turns costs nothing. The batch is the whole dense batch of the stated workload: decode tokens over full page tables, then prompt chunks.
+Every pipeline gets an executor with lanes of its own, so taking turns costs nothing. The batch is the whole dense batch
+of the stated workload: decode tokens over full page tables, then prompt chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
 
 import torch
 
@@ -77,3 +80,28 @@ def iteration_time(spans: list[Span], n_layers: int) -> IterationTime:
     embed = next(span for span in spans if span.label == EMBED)
     head = next(span for span in spans if span.label == HEAD)
     return IterationTime(head.end_us - embed.start_us, (head.start_us - embed.end_us) / n_layers)
+
+
+def layer_timeline(spans: list[Span], pipeline: Pipeline, n_layers: int) -> dict[str, Any]:
+    """A typical layer as measured: the period, and start and end of each nano-operation in its own layer's frame.
+
+    Medians over the layers, times in µs; the period is the median step between the starts of equal nano-operations.
+    """
+    by_label = {span.label: span for span in spans}
+    layers = [
+        [by_label[f"{nano.op}[{nano.start}:{nano.stop}]@{layer}"] for nano in pipeline.nano_ops]
+        for layer in range(n_layers)
+    ]
+    steps = [
+        b.start_us - a.start_us
+        for now, then in zip(layers, layers[1:], strict=False)
+        for a, b in zip(now, then, strict=True)
+    ]
+    period = median(steps) if steps else max(s.end_us for s in layers[0]) - min(s.start_us for s in layers[0])
+    origins = [min(span.start_us for span in layer) for layer in layers]
+    columns = range(len(pipeline.nano_ops))
+    starts = [
+        median(layer[i].start_us - origin for layer, origin in zip(layers, origins, strict=True)) for i in columns
+    ]
+    ends = [median(layer[i].end_us - origin for layer, origin in zip(layers, origins, strict=True)) for i in columns]
+    return {"period_us": period, "spans_us": [list(pair) for pair in zip(starts, ends, strict=True)]}

@@ -167,8 +167,8 @@ def judge(contenders: Sequence[Contender], times: Sequence[Sequence[IterationTim
                 faster=faster,
             )
         )
-    best = min(range(len(measured)), key=lambda index: measured[index].ratio)
-    winner = best if measured[best].high < 1.0 else base
+    proven = [index for index, one in enumerate(measured) if one.high < 1.0]
+    winner = min(proven, key=lambda index: measured[index].ratio, default=base)
     return Verdict(tuple(measured), winner, len(times))
 
 

@@ -32,7 +32,7 @@ def refinements(problem: Problem, layout: Layout, timeline: Timeline) -> Iterato
     """
     graph = problem.graph
     slack = unused_beside(timeline)
-    groups = [(op,) for op in graph.common_ops] + [graph.forms[0]] * bool(graph.forms)
+    groups = [(op,) for op in graph.common_ops] + list(graph.forms[:1])
     groups.append((Op.QKV, Op.DECODE_ATTENTION))
     groups.sort(key=lambda ops: -sum(slack.get(op, 0.0) for op in ops))
     for ops in groups:
