@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,16 @@ def make_core(limits: SchedulerLimits = LIMITS, *, asynchronous: bool = True) ->
     return EngineCore(scheduler, model, work, asynchronous=asynchronous), model
 
 
+def run_to_end(core: EngineCore, look: Callable[[], None] = lambda: None) -> None:
+    """Step until nothing is left, with a `look` after each iteration."""
+    in_flight, steps = None, 0
+    while core.has_work or in_flight is not None:
+        in_flight = core.step(in_flight)
+        look()
+        steps += 1
+        assert steps < 5000, "requests starve"
+
+
 def queued(core: EngineCore, count: int, n_out: int = 150) -> list[Sequence]:
     sequences = [make_sequence(str(n), [1 + (n + k) % (VOCAB - 1) for k in range(20)], n_out) for n in range(count)]
     for sequence in sequences:
@@ -50,9 +61,7 @@ def queued(core: EngineCore, count: int, n_out: int = 150) -> list[Sequence]:
 def test_the_oldest_request_never_pays_for_a_wrong_prediction(asynchronous: bool) -> None:
     core, _ = make_core(asynchronous=asynchronous)
     sequences = queued(core, 8)
-    in_flight = None
-    while core.has_work or in_flight is not None:
-        in_flight = core.step(in_flight)
+    run_to_end(core)
     assert core.scheduler.preemptions > 0
     assert sequences[0].n_computed == 0, "n_computed tells what a preemption threw away"
     assert sequences[-1].n_computed > 0
@@ -63,34 +72,51 @@ def test_the_oldest_request_never_pays_for_a_wrong_prediction(asynchronous: bool
 def test_preempted_requests_go_before_those_that_never_ran() -> None:
     core, _ = make_core()
     sequences = queued(core, 14)
-    in_flight, seen = None, 0
-    while core.has_work or in_flight is not None:
-        in_flight = core.step(in_flight)
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
         waiting = list(core.scheduler.waiting)
         seen += sum(sequence.n_computed > 0 for sequence in waiting)
         assert waiting == sorted(waiting, key=sequences.index), "the queue stays in order of arrival"
+
+    run_to_end(core, look)
     assert seen > 0
 
 
-def test_nobody_is_admitted_in_an_iteration_that_preempts() -> None:
-    core, _ = make_core()
-    queued(core, 20)
-    scheduler, in_flight = core.scheduler, None
-    while core.has_work or in_flight is not None:
-        preempted, before = scheduler.preemptions, {s for s in scheduler.table.sequences if s is not None}
-        in_flight = core.step(in_flight)
-        if scheduler.preemptions > preempted:
-            assert {s for s in scheduler.table.sequences if s is not None} <= before
-    assert scheduler.preemptions > 0
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_nobody_is_admitted_in_an_iteration_that_preempts(asynchronous: bool) -> None:
+    core, _ = make_core(replace(LIMITS, max_running=3), asynchronous=asynchronous)
+    for number in range(3):
+        core.add(make_sequence(f"long {number}", [1 + number] * 150, 150))
+    for number in range(10):  # each would fit into what a preemption frees
+        core.add(make_sequence(f"short {number}", [1 + number], 3))
+    scheduler = core.scheduler
+    admit, history = scheduler._admit_one, []
+
+    def recording_admit(sequence: Sequence) -> int:
+        history.append(("admitted", core.stats().work.iterations))
+        return admit(sequence)
+
+    scheduler._admit_one = recording_admit  # type: ignore[method-assign]
+    preempt = scheduler._preempt
+
+    def recording_preempt(slot: int) -> None:
+        history.append(("preempted", core.stats().work.iterations))
+        preempt(slot)
+
+    scheduler._preempt = recording_preempt  # type: ignore[method-assign]
+    run_to_end(core)
+    by_kind = {kind: {iteration for what, iteration in history if what == kind} for kind in ("admitted", "preempted")}
+    assert by_kind["preempted"]
+    assert not by_kind["preempted"] & by_kind["admitted"]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_no_sampled_token_is_thrown_away_by_preemption(asynchronous: bool) -> None:
     core, model = make_core(asynchronous=asynchronous)
     sequences = queued(core, 8)
-    in_flight = None
-    while core.has_work or in_flight is not None:
-        in_flight = core.step(in_flight)
+    run_to_end(core)
     assert core.scheduler.preemptions > 0
     assert sum(len(plan.sampling.slots) for plan in model.plans) == sum(len(s.output_ids) for s in sequences)
 
@@ -99,9 +125,7 @@ def test_stop_ids_are_forbidden_for_exactly_the_minimum_length() -> None:
     core, model = make_core(replace(LIMITS, eos_ids=(3, 4)))
     params = SamplingParams(max_tokens=8, min_tokens=5, stop_token_ids=[9], logit_bias={4: 2.0, 7: 1.5})
     core.add(Sequence(Request("x", (1, 2), params, 8, seed=0)))
-    in_flight = core.step(None)
-    while core.has_work or in_flight is not None:
-        in_flight = core.step(in_flight)
+    run_to_end(core)
     changes = [
         dict(zip(plan.sampling.bias_tokens.tolist(), plan.sampling.bias_values.tolist(), strict=True))
         for plan in model.plans
@@ -119,7 +143,6 @@ def test_prompts_are_scored_once_though_recomputed() -> None:
     params = SamplingParams(max_tokens=150, prompt_logprobs=0)
     core.add(Sequence(Request("scored", tuple([1] * 30), params, 150, seed=0)))
     scored: list[int] = []
-    in_flight = None
     original = model.launch
 
     def launch(plan: BatchPlan) -> Any:
@@ -129,7 +152,6 @@ def test_prompts_are_scored_once_though_recomputed() -> None:
 
     model.launch = launch  # type: ignore[method-assign]
     core.scheduler._take_prompt_scores = lambda *_: None  # type: ignore[method-assign]
-    while core.has_work or in_flight is not None:
-        in_flight = core.step(in_flight)
+    run_to_end(core)
     assert core.scheduler.preemptions > 0
     assert scored == list(range(29))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,21 @@ def test_logprobs_are_those_of_the_unchanged_logits(kernels: str) -> None:
         assert arrays.top_ids[row].tolist() == wanted[row].topk(5).indices.tolist()
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_sampled_tokens_count_towards_penalties(kernels: str) -> None:
+    sampler, logits = make_sampler(kernels), logits_of(2)
+    reset = PenaltyReset(0, ints([]), ints([]))
+    chosen = []
+    for resets in ((reset,), (), ()):
+        rows = plan(2, temperature=floats([0, 0]), penalties=penalties([0, -1], resets, frequency=100.0))
+        sampler.begin(rows)
+        tokens = torch.empty(2, dtype=torch.int32)
+        sampler.sample(logits.clone(), rows, tokens)
+        chosen.append(tokens.tolist())
+    assert [first for first, _ in chosen] == logits[0].topk(3).indices.tolist(), "each token once, then the next best"
+    assert [second for _, second in chosen] == [logits[1].argmax().item()] * 3
+
+
 class _Decoder:
     """Stands in for the model: the logits of token row r are row r of a fixed matrix."""
 
@@ -150,8 +166,6 @@ def executor_of(logits: Tensor) -> Executor:
     executor.sampler = make_sampler()
     executor._last_tokens = torch.zeros(len(logits), dtype=torch.int32)
     executor._logits = torch.empty(LOGIT_ROWS, VOCAB)
-    from types import SimpleNamespace
-
     executor._stager = SimpleNamespace(tensor=torch.from_numpy)  # type: ignore[assignment]
     executor._activations = SimpleNamespace(x_td=None)  # type: ignore[assignment]
     return executor
