@@ -204,7 +204,7 @@ class _Search:
     def _keep(
         self, layout: Layout, result: Stage2Result, bound_us: float, stage1_us: float, seconds: float, note: str
     ) -> None:
-        pipeline = result.schedule.to_pipeline(f"{note.replace(' ', '-')}")
+        pipeline = result.schedule.to_pipeline(self._new_name(note.replace(" ", "-")))
         if any(pipeline.nano_ops == known.pipeline.nano_ops for known in self.found):
             return
         timeline = predict(pipeline, self.problem.graph, self._cost(result.schedule))
@@ -214,6 +214,12 @@ class _Search:
         self.found = sorted([*self.found, _described(candidate, self.problem)], key=lambda one: one.period_us)
         if self.on_progress is not None:
             self.on_progress(Progress("found", self.best_us, bound_us, time.monotonic() - self.began, pipeline.name))
+
+    def _new_name(self, name: str) -> str:
+        """`name`, or with a number if an earlier candidate has it."""
+        known = {candidate.pipeline.name for candidate in self.found}
+        numbered = (f"{name}-{number}" for number in range(2, len(known) + 2))
+        return next(one for one in (name, *numbered) if one not in known)
 
     def _cost(self, schedule: Schedule) -> Any:
         return lambda nano, share: schedule.problem.time_us(_bare(nano), share)
