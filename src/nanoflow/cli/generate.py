@@ -47,15 +47,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         inputs = [model_input(item, llm, chat=args.chat, raw=args.raw) for item in items]
         results = llm.generate(inputs, [item.params for item in items], use_tqdm=sys.stderr.isatty())
-        summary = llm.last_report.summary()
+        (print_json if args.json else print_text)(items, results)
+        sys.stdout.flush()  # the first report on a machine measures its rates: the answers need not wait for that
+        print(llm.last_report.summary(), file=sys.stderr if args.json else sys.stdout)
     finally:
         llm.shutdown()
-    if args.json:
-        print_json(items, results)
-        print(summary, file=sys.stderr)
-    else:
-        print_text(items, results)
-        print(summary)
     failed = any(choice.finish_reason == "error" for result in results for choice in result.outputs)
     return 1 if failed else 0
 
