@@ -81,8 +81,8 @@ def tune(
 ) -> Tuning:
     """Find and keep the fastest pipeline for `config` under the steady batch of `workload`.
 
-    With `profile`, that file is used instead of measuring, and refused (`ConfigError`) if it was made on another machine
-    or for something else. Otherwise raises the errors of `build_engine`.
+    With `profile`, that file is used instead of measuring; `ConfigError` if it was made on another machine or
+    for something else. Otherwise raises the errors of `build_engine`.
     """
     began = time.monotonic()
     bench = open_workbench(config, workload)

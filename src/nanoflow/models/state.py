@@ -40,7 +40,7 @@ class Activations:
         device: torch.device,
         residual_dtype: torch.dtype | None = None,
     ) -> Activations:
-        """Buffers for `n_tokens` rows, the residual stream in `residual_dtype` (default `dtype`); contents undefined."""
+        """Buffers for `n_tokens` rows, the residual stream in `residual_dtype` (or `dtype`); contents undefined."""
 
         def buffer(width: int) -> Tensor:
             return torch.empty(n_tokens, width, dtype=dtype, device=device)
