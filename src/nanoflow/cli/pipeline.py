@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode", type=int, metavar="N", help="with --profile: decode tokens of the batch (default: half)"
     )
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw it, predicted over measured: .png or .svg")
     parser.add_argument("--width", type=int, metavar="N", default=100, help="characters of the chart (default 100)")
 
 
@@ -48,8 +49,18 @@ def run(args: argparse.Namespace) -> int:
     graph = layer_graph(spec_of(model), args.ranks or int(pipeline.meta.get("ranks", 1)))
     pipeline.validate(graph)
     timeline = _with_profile(args, pipeline, graph) if args.profile else _with_own_times(args.file, pipeline, graph)
+    if args.plot is not None:
+        _plot(args.plot, timeline)
     print(render_timeline(timeline, args.width))
     return 0
+
+
+def _plot(path: Path, predicted: Timeline) -> None:
+    """Draw the predicted timeline, and the measured one where the file holds it (`nanoflow tune` writes it)."""
+    from nanoflow.pipeline.plot import draw, measured_timeline
+
+    measured = measured_timeline(predicted.pipeline)
+    draw([("predicted", predicted), *([("measured", measured)] if measured is not None else [])], path)
 
 
 def _with_own_times(file: Path, pipeline: Pipeline, graph: LayerGraph) -> Timeline:
