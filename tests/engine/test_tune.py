@@ -1,4 +1,4 @@
-"""Tuning: on lanes that really overlap the predicted gain is measured; what wins is kept, found again, never misused."""
+"""Tuning: on lanes that really overlap the predicted gain is measured; what wins is kept, found again, not misused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LIMITS = TuneLimits(search_seconds=8, solve_seconds=3, verify_seconds=10, rounds
 
 @pytest.fixture(autouse=True)
 def _private_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "pipelines")
 
 
 def config(folder: Path, **options: Any) -> EngineConfig:
@@ -203,7 +203,7 @@ def test_auto_picks_up_the_tuned_pipeline_and_says_so(
     folder = tmp_path / "tiny"
     assert engine_pipeline(config(folder)).name == "sequential"
     kept = keep_halves(bench)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="nanoflow"):
         assert engine_pipeline(config(folder)) == kept
     assert "tuned for this model and machine" in caplog.text
 
@@ -225,7 +225,7 @@ def test_another_version_s_pipeline_is_mentioned_not_used(
 ) -> None:
     keep_halves(bench)
     monkeypatch.setattr("nanoflow.profiling.fingerprint.kernels_hash", lambda: "another")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="nanoflow"):
         assert engine_pipeline(config(tmp_path / "tiny")).name == "sequential"
     assert "run nanoflow tune again" in caplog.text
 

@@ -23,13 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line a preset, then the converted models in the cache."""
+    from nanoflow.engine.tuned import list_tuned
     from nanoflow.models.registry import list_cached
 
     memory_bytes = env.available_memory_bytes()
     rows = [describe(spec, weights_of(name), memory_bytes) for name, spec in PRESETS.items()]
     cached: list[dict[str, Any]] = [{"cached_file": str(entry.path), "bytes": entry.n_bytes} for entry in list_cached()]
+    kept = [{"tuned_pipeline": str(path)} for path in list_tuned()]
     if args.json:
-        for row in [*rows, *cached]:
+        for row in [*rows, *cached, *kept]:
             print(json.dumps(row))
         return 0
     print(f"{'MODEL':<22}{'parameters':>12}{'bf16 weights':>15}{'KV a token':>13}   here")
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         print(line(row))
     for entry in cached:
         print(f"cached: {entry['cached_file']} ({entry['bytes'] / GIB:.2f} GiB)")
+    for path in list_tuned():
+        print(f"tuned: {path}")
     print("\nMODEL is one of these names, a Hugging Face folder or a .gguf file.")
     print("A preset without weights here runs with seeded random ones: --load-format random.")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -23,9 +24,11 @@ class TaskBar:
         self._close()
 
     def phase(self, name: str) -> None:
-        """Begin another phase with a bar of its own."""
+        """Begin another phase with a bar of its own (a line where bars are not shown)."""
         self._close()
         self._name = name
+        if not self._show:
+            print(f"{name} ...", file=sys.stderr)
 
     def tasks(self, done: int, total: int, what: str) -> None:
         """`done` of `total` tasks are done; `what` comes next."""
@@ -34,7 +37,7 @@ class TaskBar:
         if self._bar is None:
             self._bar = tqdm(desc=self._name, total=total, initial=done, disable=not self._show, leave=False)
         self._bar.set_postfix_str(what, refresh=False)
-        self._bar.n = done
+        self._bar.n, self._bar.total = done, total
         self._bar.refresh()
 
     def _close(self) -> None:

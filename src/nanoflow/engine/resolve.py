@@ -12,7 +12,7 @@ from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.device.base import Device
 from nanoflow.device.cpu import CpuDevice, fast_matrix_dtypes
-from nanoflow.engine.tuned import TuningKey, find, folder, others
+from nanoflow.engine import tuned
 from nanoflow.kernels.registry import available
 from nanoflow.pipeline.baselines import sequential
 from nanoflow.pipeline.graph import LayerGraph
@@ -91,27 +91,27 @@ def find_tuned(config: EngineConfig, spec: ModelSpec, device: Device, kernels: s
 
     None unless `config.pipeline` is `auto`. `config.model.dtype` is settled already.
     """
-    if config.pipeline != "auto" or not folder().is_dir():
+    if config.pipeline != "auto" or not tuned.folder().is_dir():
         return None
     dense_batch = config.scheduler.dense_batch or CPU_DENSE_BATCH
-    key = TuningKey(spec, machine_fingerprint(device), config.model.dtype, kernels, dense_batch)
-    found = find(key)
+    key = tuned.TuningKey(spec, machine_fingerprint(device), config.model.dtype, kernels, dense_batch)
+    found = tuned.find(key)
     if found is not None:
         _log.info("pipeline: tuned for this model and machine (%s)", key.path)
-    elif others(key):
+    elif tuned.others(key):
         _log.info(
             "pipeline: the one tuned for %s is for another machine or version; run nanoflow tune again", spec.name
         )
     return found
 
 
-def choose_pipeline(config: EngineConfig, graph: LayerGraph, tuned: Pipeline | None = None) -> Pipeline:
-    """The pipeline that `config.pipeline` names: a file, or a baseline (with `auto`, `tuned` where there is one).
+def choose_pipeline(config: EngineConfig, graph: LayerGraph, kept: Pipeline | None = None) -> Pipeline:
+    """The pipeline that `config.pipeline` names: a file, or a baseline (with `auto`, `kept` where there is one).
 
     Raises `PipelineError` or `ConfigError`.
     """
-    if config.pipeline == "auto" and tuned is not None:
-        pipeline = tuned
+    if config.pipeline == "auto" and kept is not None:
+        pipeline = kept
     elif config.pipeline in ("auto", "sequential"):
         pipeline = sequential(graph, config.scheduler.dense_batch or CPU_DENSE_BATCH)
     else:

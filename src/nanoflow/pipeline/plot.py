@@ -29,7 +29,8 @@ COLOURS = {
 PALEST = 0.3
 WIDTH_IN = 12.0
 LANE_IN = 0.5
-LABEL_PART = 0.035
+LETTER_PART = 0.0062  # width of a letter, as a part of the chart
+MOMENT = 0.01  # lanes that meet for a shorter part of a period do not stretch the axis
 INK = "#222222"
 
 
@@ -99,8 +100,8 @@ def _gantt(axes: Axes, timeline: Timeline, longest: float) -> None:
             width = piece.end_us - piece.start_us
             bar: dict[str, Any] = {"color": COLOURS[RESOURCE[nano.op]], "alpha": shade, "edgecolor": "white"}
             axes.barh(row[nano.lane], width, left=piece.start_us, height=0.8, **bar)
-            if width > LABEL_PART * longest:
-                text = f"{nano.op}\n{nano.start}:{nano.stop}"
+            text = f"{nano.op.replace('_attention', ' attn')}\n{nano.start}:{nano.stop}"
+            if width > LETTER_PART * longest * max(map(len, text.split("\n"))):
                 middle = piece.start_us + width / 2
                 axes.text(
                     middle, row[nano.lane], text, ha="center", va="center", fontsize=7, color=_ink(shade), clip_on=True
@@ -128,4 +129,5 @@ def _use(axes: Axes, timeline: Timeline) -> None:
         axes.stairs(top, edges, baseline=base, fill=True, color=COLOURS[resource], alpha=0.8)
         base = top
     axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_ylim(0.0, max(1.1, 1.05 * max(base, default=1.0)))
+    lasting = [t for t, piece in zip(base, usage, strict=True) if piece.end_us - piece.start_us > MOMENT * edges[-1]]
+    axes.set_ylim(0.0, max(1.1, 1.05 * max(lasting, default=1.0)))

@@ -130,7 +130,7 @@ class Profiler:
         )
 
     def _mend(self, subject: Measurable, tasks: Sequence[SoloTask]) -> None:
-        """Measure anew what was disturbed or contradicts a smaller size, and keep the lower time.
+        """Measure anew what seems disturbed, and keep the lower time.
 
         Other programs make an operation look slow, never fast. What stays contradictory takes the larger size's time.
         """
@@ -151,13 +151,22 @@ class Profiler:
                     self._journal.add(smaller.key, {**self._journal.records[smaller.key], "time_us": limit})
 
     def _suspects(self, tasks: Sequence[SoloTask]) -> list[SoloTask]:
-        """Tasks of wide spread, and those at least as long as a larger size by more than half the tolerated noise."""
+        """Tasks of wide spread, longer than a larger size or smaller share, or much longer a token than a smaller one."""
         suspects = [task for task in tasks if self._journal.records[task.key]["spread"] > DISTURBED_SPREAD]
         for line in _lines(tasks):
             for index, task in enumerate(line):
                 later = [self._time(larger) for larger in line[index + 1 :]]
                 if later and self._time(task) * (1.0 - TIME_NOISE / 2) > min(later):
                     suspects.append(task)
+                smaller = line[index - 1] if index else task
+                if self._time(task) > (1.0 + TIME_NOISE) * self._time(smaller) * task.tokens / smaller.tokens:
+                    suspects.append(task)
+        least: dict[tuple[Op, int], float] = {}
+        for task in sorted(tasks, key=lambda task: task.share):
+            size = (task.op, task.tokens)
+            if self._time(task) * (1.0 - TIME_NOISE / 2) > least.get(size, self._time(task)):
+                suspects.append(task)
+            least[size] = min(self._time(task), least.get(size, self._time(task)))
         return list(dict.fromkeys(suspects))
 
     def _time(self, task: SoloTask) -> float:
