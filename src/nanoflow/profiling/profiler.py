@@ -151,7 +151,7 @@ class Profiler:
                     self._journal.add(smaller.key, {**self._journal.records[smaller.key], "time_us": limit})
 
     def _suspects(self, tasks: Sequence[SoloTask]) -> list[SoloTask]:
-        """Tasks of wide spread, longer than a larger size or smaller share, or much longer a token than a smaller one."""
+        """Tasks of wide spread, longer than a larger size or smaller share, or much longer a token than a smaller."""
         suspects = [task for task in tasks if self._journal.records[task.key]["spread"] > DISTURBED_SPREAD]
         for line in _lines(tasks):
             for index, task in enumerate(line):
