@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from nanoflow.core.request import CompletionOutput
+from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.llm import LLM
 from nanoflow.models.registry import resolve_model
 
@@ -49,3 +51,12 @@ def hf_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     """float32 logits (tokens, vocabulary) of one sequence."""
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16)
+
+
+def one(llm: LLM, prompt: str | list[int], **params: Any) -> CompletionOutput:
+    """The single answer to a prompt, greedy unless said otherwise."""
+    params = {"temperature": 0, "max_tokens": 16, **params}
+    return llm.generate(prompt, SamplingParams(**params), use_tqdm=False)[0].outputs[0]
