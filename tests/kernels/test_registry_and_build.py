@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import nanoflow
 from nanoflow.core.errors import ConfigError
 from nanoflow.kernels import registry
 from nanoflow.kernels.native import bindings, build
@@ -74,9 +76,17 @@ def test_failing_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(fresh.rglob("build-*"))
 
 
+def child_environment() -> dict[str, str]:
+    """Ours, with this source tree on the path."""
+    return {**os.environ, "PYTHONPATH": str(Path(nanoflow.__file__).parent.parent)}
+
+
 def test_the_library_is_built_once_and_by_many_at_once(fresh: Path, native_f32: NativeKernels) -> None:
     code = "from nanoflow.kernels.native import build; print(build.library())"
-    jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=child_environment())
+        for _ in range(2)
+    ]
     paths = {job.communicate()[0].strip() for job in jobs}
     assert len(paths) == 1
     built = Path(paths.pop())
@@ -96,8 +106,14 @@ def test_damaged_library_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_openmp_runtime(native_f32: NativeKernels) -> None:
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or build.openmp_runtime() is None or "clang" in build.find_compiler():
+    """In a process of its own: libraries that other tests import may bring runtimes of theirs."""
+    if not Path("/proc/self/maps").exists() or build.openmp_runtime() is None or "clang" in build.find_compiler():
         pytest.skip("needs Linux, GNU C++ and a torch that bundles libgomp")
-    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libomp" in line}
-    assert loaded == {str(build.openmp_runtime())}
+    code = (
+        "import torch; from nanoflow.kernels.registry import create; create('native', 'cpu', torch.float32)\n"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'libomp' in line})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=child_environment()
+    )
+    assert done.stdout.strip() == repr({str(build.openmp_runtime())})
