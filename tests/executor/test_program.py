@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoflow.core.errors import PipelineError
 from nanoflow.core.ops import Op
 from nanoflow.core.presets import PRESETS
 from nanoflow.device.base import Program
@@ -93,7 +95,9 @@ def program_of(pipeline: Pipeline, memory: Memory) -> Program:
         return lambda layer, rows: memory.run(op, layer, *rows)
 
     decoder = SimpleNamespace(
-        spec=SimpleNamespace(n_layers=N_LAYERS), layer_ops={op: operation(op) for op in GRAPH.ops}
+        spec=SimpleNamespace(n_layers=N_LAYERS),
+        kernels=SimpleNamespace(name="native"),
+        layer_ops={op: operation(op) for op in GRAPH.ops},
     )
     return build_program(pipeline, GRAPH, decoder, lambda _: memory.embed(), lambda _: memory.head())  # type: ignore[arg-type]
 
@@ -193,3 +197,13 @@ def test_prologue_and_epilogue_run_on_the_first_lane(lane: str) -> None:
     lanes = (LaneSpec(lane), LaneSpec("a" if lane == "b" else "b"))
     program = program_of(Pipeline("two", ROWS, lanes, _two_lanes().nano_ops), Memory())
     assert (program.launches[0].lane, program.launches[-1].lane) == (0, 0)
+
+
+def test_another_backends_form_is_refused() -> None:
+    plain = sequential(GRAPH, ROWS)
+    ours, foreign = (
+        replace(plain, nano_ops=tuple(replace(n, variant=v) for n in plain.nano_ops)) for v in ("native", "x")
+    )
+    program_of(ours, Memory())
+    with pytest.raises(PipelineError, match="asks for the x form of qkv"):
+        program_of(foreign, Memory())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanoflow.core.errors import PipelineError
 from nanoflow.device.base import Event, Lane, Launch, Program
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.state import NanoBatch
@@ -49,8 +50,14 @@ def build_program(
     """All launches of an iteration: `prologue` (embedding), the layers, `epilogue` (LM head and sampling).
 
     States: one per `pipeline.slices` entry, in that order, then one for prologue and epilogue (the whole batch), both
-    of which run on the first lane.
+    of which run on the first lane. Raises `PipelineError` if a nano-operation asks for another kernel backend.
     """
+    for nano in pipeline.nano_ops:
+        if nano.variant not in ("", decoder.kernels.name):
+            raise PipelineError(
+                f"the pipeline asks for the {nano.variant} form of {nano.op}, but this engine's kernels are "
+                f"{decoder.kernels.name}; choose kernels={nano.variant}, or search again with these."
+            )
     lane_of = {lane.name: index for index, lane in enumerate(pipeline.lanes)}
     state_of = {rows: index for index, rows in enumerate(pipeline.slices)}
     whole = len(state_of)
