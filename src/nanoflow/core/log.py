@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
+from typing import TextIO
 
 from nanoflow.core import env
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever `sys.stderr` is now: a program (or a test) may have replaced the one of the start."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -17,7 +30,7 @@ def setup_logging(level: str | None = None) -> None:
     root = logging.getLogger("nanoflow")
     root.setLevel(level or env.log_level())
     if not root.handlers:
-        handler = logging.StreamHandler()
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
         root.propagate = False

@@ -135,6 +135,10 @@ class _Search:
             if count > 2 and not self._gained(before):
                 break
         self._grow()
+        if self.on_progress is not None:  # heard also where bounds left nothing to solve
+            winner = self.found[0]
+            seconds = time.monotonic() - self.began
+            self.on_progress(Progress("done", winner.period_us, winner.bound_us, seconds, winner.pipeline.name))
         best = self.found[: self.limits.best]
         return best if self.sequential in best else [*best, self.sequential]
 
