@@ -22,6 +22,10 @@ from nanoflow.device.base import Event, Issue, Launch, Program
 MOST_SHARES = 10
 
 
+CPU_FIELDS = ("cpu family", "model")
+"""What tells processors of one marketing name apart."""
+
+
 class CpuEvent:
     """A one-shot event. If the run fails, all its events are set and waiting lanes stop."""
 
@@ -181,14 +185,14 @@ class CpuDevice:
 
 
 def cpu_model() -> str:
-    """The processor's marketing name, as the operating system tells it."""
+    """The processor's name, as precise as the system tells."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        fields = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        fields = []
+    found = {name.strip(): value.strip() for name, _, value in fields}
+    parts = [found.get("model name", ""), *(f"{name} {found[name]}" for name in CPU_FIELDS if name in found)]
+    return ", ".join(part for part in parts if part) or platform.processor() or platform.machine()
 
 
 def fast_matrix_dtypes() -> set[str]:

@@ -15,7 +15,7 @@ import torch
 import nanoflow
 from nanoflow.core import env
 from nanoflow.device.base import Device
-from nanoflow.profiling.machine import cpu_model
+from nanoflow.device.cpu import cpu_model
 
 KERNELS_DIR = Path(nanoflow.__file__).parent / "kernels"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")

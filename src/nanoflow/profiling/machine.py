@@ -9,12 +9,10 @@ that was disturbed all the same is repeated at the next start, the better figure
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -24,6 +22,7 @@ from nanoflow.core import env
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.core.log import get_logger
+from nanoflow.device.cpu import cpu_model
 from nanoflow.profiling.rate_cache import KeptRates, RateCache
 
 log = get_logger(__name__)
@@ -37,7 +36,6 @@ CPU_GEMM_SECONDS = 0.08
 CPU_READ_SECONDS = 0.1
 CUDA_SECONDS = 0.3
 RANDOM_BLOCK = 1 << 20
-CPU_FIELDS = ("cpu family", "model")
 Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
 READ_CHUNKS = 8
 CUDA_LAUNCHES = 8
@@ -82,17 +80,6 @@ def machine_key(device: str, dtype: str, threads: int) -> str:
     """What a measurement is valid for."""
     who = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {env.available_cores()} cores"
     return f"{who} | torch {torch.__version__} | {dtype} | {threads} threads"
-
-
-def cpu_model() -> str:
-    """The processor's name, as precise as the system tells."""
-    try:
-        fields = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    except OSError:
-        fields = []
-    found = {name.strip(): value.strip() for name, _, value in fields}
-    parts = [found.get("model name", ""), *(f"{name} {found[name]}" for name in (CPU_FIELDS) if name in found)]
-    return ", ".join(part for part in parts if part) or platform.processor() or platform.machine()
 
 
 def _measure_cpu(dtype: str, threads: int) -> KeptRates:
