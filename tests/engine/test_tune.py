@@ -122,7 +122,7 @@ def test_lanes_that_overlap_give_the_predicted_time_and_the_overlapped_pipeline_
     assert {"sequential", "nano-batches"} < set(names)
     stage = sleeping_stage(bench)
     try:
-        for _ in range(ATTEMPTS):  # other work on the machine makes sleeps longer, never shorter: a quiet attempt counts
+        for _ in range(ATTEMPTS):  # other work makes sleeps longer, never shorter: a quiet one counts
             verdict = verify(contenders, stage.measure, rounds=LIMITS.rounds)
             if all(abs(one.prediction_error) < 0.05 for one in verdict.measured):
                 break
