@@ -1,0 +1,1 @@
+"""Workloads, load generation, benchmarks and their results."""
