@@ -1,6 +1,6 @@
 """What a place below the device that keeps KV pages has to offer, so that the manager knows nothing of files or pools.
 
-A page is `page_bytes` bytes: one KV page's keys and values over all layers, in layer order, as the kernels lay them out.
+A page is `page_bytes` bytes: one KV page's keys and values over all layers, in layer order, laid out as the kernels do.
 Its key is the 16-byte chain hash of everything that its contents depend on (`kvcache/chain.py`), so a key never gets
 other contents and writing it twice is harmless. Two kinds of tier share this interface: memory that devices copy from
 and to directly (`MemoryTier`: DRAM) and stores behind an I/O queue (`Tier`: SSD).
@@ -13,7 +13,7 @@ Rules for every implementation:
 - Pages that no transfer uses may be evicted at any time to make room; evicted, corrupt and unknown keys are all absent.
   A page is whole and checked, or it is absent: damaged bytes are never handed out.
 - `kvcache/dram.py` offers `open_dram(capacity_bytes, page_bytes, *, pin=None) -> MemoryTier`, where `pin` takes the
-  pool's array and page-locks it; `kvcache/ssd.py` offers `open_ssd(folder, capacity_bytes, page_bytes, layout) -> Tier`,
+  pool's array and page-locks it; `kvcache/ssd.py` offers `open_ssd(folder, capacity_bytes, page_bytes, layout)`,
   where `layout` (str) names all that a page's bytes depend on: a store made under another one is refused and rebuilt.
 - A tier that fails (full disk, I/O error) says so in one log line, counts it in `stats().errors`, and goes on as if the
   pages in question were absent. It never raises into the engine's loop.
