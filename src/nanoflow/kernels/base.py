@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nanoflow.core.batch import Int32Array
+
 
 @dataclass(frozen=True)
 class LinearWeight:
@@ -49,6 +51,9 @@ class AttentionPlan:
     Request r owns query rows `query_start[r] : query_start[r] + query_len[r]` of the slice it is used with; its last
     row sees `context_len[r]` keys, the row before one less, and so on (causal). `page_table[r]` lists its pages.
     `max_context` and `max_query` are upper bounds known on the host.
+
+    `work` is what the backend's own planner made of it (see `AttentionWork`); a backend that plans reads that and
+    `page_table`, then flat, and nothing else, so that one captured launch serves every batch.
     """
 
     query_start: Tensor
@@ -58,6 +63,32 @@ class AttentionPlan:
     n_requests: int
     max_query: int
     max_context: int
+    work: Any = None
+
+
+class AttentionWork(Protocol):
+    """A backend's planner for one attention nano-operation: what to write each iteration and how a launch reads it."""
+
+    n_ints: int
+    """Length of the int32 array that `plan` fills."""
+
+    def plan(
+        self,
+        query_start: Int32Array,
+        query_len: Int32Array,
+        context_len: Int32Array,
+        page_start: Int32Array,
+        out: Int32Array,
+    ) -> None:
+        """Write the work list of R requests (R = 0 allowed) into `out` (n_ints,).
+
+        The first three are as in `AttentionPlan`; request r's pages begin at `page_table[page_start[r]]`.
+        """
+        ...
+
+    def bind(self, ints: Tensor) -> Any:
+        """The value for `AttentionPlan.work`: launches read `ints` (n_ints, on the device), whatever it holds then."""
+        ...
 
 
 class Kernels(Protocol):
@@ -133,6 +164,21 @@ class Kernels(Protocol):
         `window` w: a query at position i sees keys in (i - w, i]. Used for decode (one row a request) and for prefill.
         Rows that no request owns are left alone.
         """
+        ...
+
+    def attention_work(
+        self,
+        *,
+        prefill: bool,
+        n_rows: int,
+        n_requests: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        lane_sms: int,
+    ) -> AttentionWork | None:
+        """The planner for an attention launch of at most `n_rows` query rows of `n_requests` requests on a lane of
+        `lane_sms` multiprocessors; None for a backend that reads the plain `AttentionPlan`."""
         ...
 
     def silu_mul(self, gate_up_tn: Tensor, out_tf: Tensor) -> None:

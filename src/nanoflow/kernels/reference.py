@@ -120,6 +120,20 @@ class ReferenceKernels:
         out = out_tn[:, : n_heads * head_dim].unflatten(1, (n_heads, head_dim))
         reference_attention.paged_attention(q, kv_layer, plan, out, scale=scale, window=window)
 
+    def attention_work(
+        self,
+        *,
+        prefill: bool,
+        n_rows: int,
+        n_requests: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        lane_sms: int,
+    ) -> None:
+        """None: these kernels read the plain plan."""
+        return None
+
     def silu_mul(self, gate_up_tn: Tensor, out_tf: Tensor) -> None:
         """See `kernels.base.Kernels.silu_mul`."""
         gate, up = gate_up_tn.float().chunk(2, dim=-1)

@@ -189,6 +189,20 @@ class NativeKernels:
             window or 0,
         )
 
+    def attention_work(
+        self,
+        *,
+        prefill: bool,
+        n_rows: int,
+        n_requests: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        lane_sms: int,
+    ) -> None:
+        """None: these kernels read the plain plan."""
+        return None
+
     def silu_mul(self, gate_up_tn: Tensor, out_tf: Tensor) -> None:
         """See `kernels.base.Kernels.silu_mul`."""
         assert gate_up_tn.dtype is self._dtype and out_tf.dtype is self._dtype
