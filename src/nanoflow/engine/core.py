@@ -63,6 +63,16 @@ class EngineCore:
         self._aborted.append(sequence)
 
     @property
+    def launcher(self) -> Launcher:
+        """What launches batches now."""
+        return self._launcher
+
+    def relaunch_with(self, launcher: Launcher, *, asynchronous: bool) -> None:
+        """Go on with another launcher and order of steps, between runs: an ablation compares them on one engine."""
+        assert not self.has_work, "only an idle engine can change its launcher"
+        self._launcher, self._asynchronous = launcher, asynchronous
+
+    @property
     def n_queued(self) -> int:
         """Sequences that wait for admission."""
         return len(self._added) + len(self.scheduler.waiting)
