@@ -9,18 +9,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from nanoflow.analysis.report import RunReport
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from nanoflow.core.hardware import MachineRates
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.request import FinishReason, Logprob, OutputDelta, TokenLogprobs
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.core.stats import EngineStats, WorkDone
+from nanoflow.pipeline.baselines import sequential
+from nanoflow.pipeline.graph import layer_graph
 
 VOCAB = 0x3000
 ANSWER = "Paris is the capital of France, été comme hiver. "
 MODEL = "fake/model"
+RATES = MachineRates("fake machine", "bfloat16", flops_per_s=1e9, mem_bytes_per_s=1e8, measured=True)
 
 
 class FakeTokenizer:
@@ -93,7 +99,9 @@ class FakeEngine:
         self.config = EngineConfig.from_options(model="fake", served_model_name=MODEL)
         self.spec = ModelSpec("fake", "FakeForCausalLM", VOCAB, 8, 1, 1, 1, 8, 8, max_model_len)
         self.max_model_len = max_model_len
-        self.pipeline_name = "sequential"
+        self.pipeline = sequential(layer_graph(self.spec), 64)
+        self.pipeline_name = self.pipeline.name
+        self.work = WorkDone(iterations=7, prompt_tokens=11)
         self.healthy = True
         self.delay_s = delay_s
         self.max_active = max_active
@@ -182,10 +190,13 @@ class FakeEngine:
             batch_tokens=16,
             preemptions=3,
             finished=dict(self.finished),
-            work=WorkDone(iterations=7, prompt_tokens=11, output_tokens=self.output_tokens),
+            work=replace(self.work, output_tokens=self.output_tokens),
             busy_s=1.25,
             energy_j=self.energy_j,
         )
+
+    def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
+        return RunReport.of(elapsed_s, work, RATES)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         self.refusing = True

@@ -7,6 +7,7 @@ import sys
 
 from nanoflow.cli import options
 from nanoflow.core.config import EngineConfig
+from nanoflow.core.stats import WorkDone
 from nanoflow.server.config import ServerConfig
 
 HELP = "serve a model over HTTP, as OpenAI's API"
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     engine = AsyncLLM.from_config(config, show_progress=sys.stderr.isatty())
     try:
+        engine.report(1.0, WorkDone())  # measures a new machine now, not under load when the dashboard asks
         serve(engine, server_config)
     finally:
         engine.close()

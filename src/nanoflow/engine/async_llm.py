@@ -13,19 +13,21 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
+from nanoflow.analysis.report import RunReport
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import EngineDeadError, QueueFullError
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.request import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
 from nanoflow.core.sampling import SamplingParams
-from nanoflow.core.stats import EngineStats
+from nanoflow.core.stats import EngineStats, WorkDone
 from nanoflow.engine.build import Engine, build_engine
 from nanoflow.engine.core import InFlightBatch
 from nanoflow.engine.outputs import ends_with_hidden_stop_id, labelled, labelled_all, request_metrics
 from nanoflow.engine.sequence import Sequence, TokenEvent
 from nanoflow.engine.submission import Prompt
 from nanoflow.engine.text_stream import TextStream
+from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.text.base import Tokenizer
 
 _log = get_logger(__name__)
@@ -149,6 +151,11 @@ class AsyncLLM:
         return self._engine.pipeline.name
 
     @property
+    def pipeline(self) -> Pipeline:
+        """What runs, with the times that its file holds."""
+        return self._engine.pipeline
+
+    @property
     def engine(self) -> Engine:
         """The parts underneath, for reports and tests."""
         return self._engine
@@ -211,6 +218,10 @@ class AsyncLLM:
     def stats(self) -> EngineStats:
         """Counters and gauges now."""
         return replace(self._engine.core.stats(), energy_j=self._engine.device.energy_j())
+
+    def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
+        """Work of `elapsed_s` seconds against the bound of this machine; the first call may measure it."""
+        return self._engine.report(elapsed_s, work)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Take no new requests, give running ones `drain_s` seconds, end the rest, stop the engine. Idempotent."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 from nanoflow.analysis.report import RunReport
 from nanoflow.analysis.work import WorkCounter, iteration_work
 from nanoflow.core.config import EngineConfig
+from nanoflow.core.hardware import MachineRates
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.stats import WorkDone
@@ -43,10 +45,14 @@ class Engine:
     submission: Submission
     kernels_name: str
 
+    @cached_property
+    def rates(self) -> MachineRates:
+        """How fast this machine is: from the user's cache, else measured now (a few seconds)."""
+        return measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
+
     def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
-        """What a run did against the bound of this machine (measured once, then cached)."""
-        rates = measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
-        return RunReport.of(elapsed_s, work, rates)
+        """What a run did against the bound of this machine."""
+        return RunReport.of(elapsed_s, work, self.rates)
 
 
 def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from nanoflow import __version__
 from nanoflow.server.config import ServerConfig
+from nanoflow.server.dashboard import add_dashboard
 from nanoflow.server.endpoints import ChatEndpoint, CompletionEndpoint, unknown_model
 from nanoflow.server.engine_api import Engine, served_model_name
 from nanoflow.server.errors import ApiError, encode_json, shutting_down
@@ -28,6 +29,7 @@ def create_app(engine: Engine, server_config: ServerConfig) -> FastAPI:
     app.add_route("/v1/chat/completions", ChatEndpoint(engine, server_config, metrics), ["POST"])  # type: ignore[arg-type]
     app.add_route("/v1/completions", CompletionEndpoint(engine, server_config, metrics), ["POST"])  # type: ignore[arg-type]
     _add_information(app, engine, state, metrics)
+    app.state.feed = add_dashboard(app, engine, state, metrics)
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_middleware(Guard, config=server_config, metrics=metrics, state=state)
     return app

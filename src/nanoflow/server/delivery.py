@@ -17,7 +17,7 @@ from nanoflow.server.metrics import Metrics
 
 log = get_logger(__name__)
 
-_SSE_HEADERS = [
+SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -83,7 +83,7 @@ def _extend(output: CompletionOutput, delta: OutputDelta) -> None:
 
 async def send_stream(send: Send, generation: Generation, answer: Answer, metrics: Metrics, request_id: str) -> None:
     """Send server-sent events as text comes; an error in a started stream becomes an event, then the stream ends."""
-    await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+    await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
     try:
         await _send_events(send, answer.opening(generation.n_choices))
         while deltas := await generation.take():

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from nanoflow.analysis.report import RunReport
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.request import OutputDelta
 from nanoflow.core.sampling import SamplingParams
-from nanoflow.core.stats import EngineStats
+from nanoflow.core.stats import EngineStats, WorkDone
+from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.text.base import Tokenizer
 
 
@@ -48,6 +50,9 @@ class Engine(Protocol):
     def pipeline_name(self) -> str: ...
 
     @property
+    def pipeline(self) -> Pipeline: ...
+
+    @property
     def healthy(self) -> bool: ...
 
     def submit(
@@ -57,6 +62,10 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
+        """Work of `elapsed_s` seconds against the bound of this machine. The first call may block to measure it."""
+        ...
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, wait up to `drain_s` seconds for the running ones, abort the rest."""

@@ -18,8 +18,8 @@ from nanoflow.server.delivery import send_json
 from nanoflow.server.errors import ApiError, ClientGoneError, shutting_down, to_api_error
 from nanoflow.server.metrics import Metrics
 
-OPEN_PATHS = ("/health",)
-KNOWN_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version", "/metrics")
+OPEN_PATHS = ("/health", "/dashboard", "/dashboard/")
+KNOWN_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version", "/metrics", "/dashboard")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
