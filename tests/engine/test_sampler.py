@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanoflow.core.batch import PenaltyPlan, PenaltyReset, SamplingPlan
 from nanoflow.engine.sampler import LogitsSampler, PenaltyTable
-from nanoflow.executor.executor import LOGIT_ROWS, Executor
+from nanoflow.executor.head import LOGIT_ROWS, BlockHead
 from nanoflow.kernels.registry import available, create
 
 VOCAB = 50
@@ -154,21 +154,16 @@ class _Decoder:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
+        self.spec = SimpleNamespace(vocab_size=logits.shape[1])
 
     def lm_head(self, x_td: Tensor, rows: Tensor, out: Tensor) -> None:
         out.copy_(self.logits[rows.long()])
 
 
-def executor_of(logits: Tensor) -> Executor:
+def head_of(logits: Tensor) -> BlockHead:
     """An executor's sampling half alone."""
-    executor = object.__new__(Executor)
-    executor.decoder = _Decoder(logits)  # type: ignore[assignment]
-    executor.sampler = make_sampler()
-    executor._last_tokens = torch.zeros(len(logits), dtype=torch.int32)
-    executor._logits = torch.empty(LOGIT_ROWS, VOCAB)
-    executor._stager = SimpleNamespace(tensor=torch.from_numpy)  # type: ignore[assignment]
-    executor._activations = SimpleNamespace(x_td=None)  # type: ignore[assignment]
-    return executor
+    last_tokens = torch.zeros(len(logits), dtype=torch.int32)
+    return BlockHead(_Decoder(logits), make_sampler(), torch.empty(0), last_tokens)  # type: ignore[arg-type]
 
 
 def test_many_rows_are_sampled_in_blocks_as_if_in_one() -> None:
@@ -191,9 +186,9 @@ def test_many_rows_are_sampled_in_blocks_as_if_in_one() -> None:
         bias_tokens=ints(rng.integers(0, VOCAB, 60)),
         bias_values=floats(rng.uniform(-5, 5, 60)),
     )
-    executor = executor_of(logits)
+    head = head_of(logits)
     for _ in range(2):  # the second time with the first time's counts
-        tokens, arrays = executor._sample(whole)
+        tokens, arrays = head.sample(whole)
         whole = replace(whole, penalties=replace(whole.penalties, resets=()))  # type: ignore[type-var]
     plain = make_sampler()
     plain._penalties.reset(penalties([0], resets))
@@ -201,7 +196,7 @@ def test_many_rows_are_sampled_in_blocks_as_if_in_one() -> None:
         wanted = torch.empty(n, dtype=torch.int32)
         expected = plain.sample(logits[torch.from_numpy(whole.token_rows).long()], whole, wanted)
     assert tokens.tolist() == wanted.tolist()
-    assert executor._last_tokens[torch.from_numpy(whole.slots).long()].tolist() == wanted.tolist()
+    assert head._last_tokens[torch.from_numpy(whole.slots).long()].tolist() == wanted.tolist()
     assert arrays is not None and expected is not None
     np.testing.assert_allclose(arrays.chosen, expected.chosen, rtol=1e-6)
     assert arrays.rank.tolist() == expected.rank.tolist()
@@ -211,5 +206,5 @@ def test_many_rows_are_sampled_in_blocks_as_if_in_one() -> None:
 
 
 def test_nothing_to_sample() -> None:
-    tokens, arrays = executor_of(logits_of(2))._sample(plan(0))
+    tokens, arrays = head_of(logits_of(2)).sample(plan(0))
     assert len(tokens) == 0 and arrays is None

@@ -165,6 +165,9 @@ class LoggingLane:
     def __init__(self, log: list[Any]) -> None:
         self.name, self.share, self.log = "lane", 1.0, log
 
+    def run(self, work: Any, state: Any) -> None:
+        work(state)
+
     def wait(self, events: Any) -> None:
         self.log.append(("wait", list(events)))
 

@@ -27,6 +27,14 @@ class Lane(Protocol):
     name: str
     share: float
 
+    def run(self, work: Callable[[Any], None], state: Any) -> None:
+        """Do `work(state)`, or launch it, in this lane's order."""
+        ...
+
+    def stamp(self) -> Callable[[], float]:
+        """Mark this point of the lane: the result tells its time in seconds, once the lane has passed it."""
+        ...
+
     def wait(self, events: Sequence[Event]) -> None:
         """Later launches of this lane start only after `events`."""
         ...
@@ -80,6 +88,8 @@ class Device(Protocol):
     torch_device: torch.device
     wide_residual: bool
     """Whether a float32 residual stream costs next to nothing here."""
+    captures: bool
+    """Whether `start` replays a recording of the launches: states then stay the same objects between iterations."""
 
     def shares(self) -> tuple[float, ...]:
         """Shares that a lane can truly have, rising; 1.0 is the last."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ class CpuLane:
         while (work := self._work.get()) is not None:
             work()
 
+    def run(self, work: Callable[[Any], None], state: Any) -> None:
+        """Called on the lane's own thread, so running is all there is to do."""
+        work(state)
+
+    def stamp(self) -> Callable[[], float]:
+        now = time.perf_counter()
+        return lambda: now
+
     def submit(self, work: Callable[[], None]) -> None:
         self._work.put(work)
 
@@ -115,6 +124,7 @@ class CpuDevice:
 
     kind = "cpu"
     wide_residual = True
+    captures = False
 
     def __init__(self, threads: int | None = None) -> None:
         cores = env.available_cores()

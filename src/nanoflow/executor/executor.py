@@ -6,17 +6,14 @@ device, where the next iteration's decode rows pick them up, so the next launch 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from nanoflow.core.batch import BatchPlan, BatchResult, LogprobArrays, PromptLogprobPlan, SamplingPlan
+from nanoflow.core.batch import BatchPlan, BatchResult
 from nanoflow.core.errors import PipelineError
 from nanoflow.device.base import Device, Run
+from nanoflow.executor.head import BlockHead, Sampler
 from nanoflow.executor.program import build_program, issue
 from nanoflow.executor.staging import Stager, scaled_slice
 from nanoflow.executor.timeline import Tracer
@@ -24,25 +21,6 @@ from nanoflow.models.decoder import Decoder
 from nanoflow.models.state import Activations, NanoBatch
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
-
-LOGIT_ROWS = 128
-"""Rows of logits made at a time: enough for an efficient product, few enough to stay in a CPU's cache."""
-
-
-class Sampler(Protocol):
-    """Chooses tokens from logits; keeps what it needs between iterations by slot."""
-
-    def begin(self, plan: SamplingPlan) -> None:
-        """Prepare for a new iteration (e.g. load the penalty rows of newly admitted requests)."""
-        ...
-
-    def sample(self, logits_sv: Tensor, plan: SamplingPlan, tokens_s: Tensor) -> LogprobArrays | None:
-        """Write a token a row; `logits_sv` (float32) may be changed. Log-probabilities if any row asks."""
-        ...
-
-    def score(self, logits_lv: Tensor, target_ids: Tensor, n_top: int) -> LogprobArrays:
-        """Log-probabilities of given tokens under unchanged logits, with `n_top` alternatives."""
-        ...
 
 
 @dataclass
@@ -88,7 +66,7 @@ class Executor:
         )
         self._stager = Stager(self._activations, where)
         self._last_tokens = torch.zeros(n_slots, dtype=torch.int32, device=where)
-        self._logits = torch.empty(LOGIT_ROWS, decoder.spec.vocab_size, dtype=torch.float32, device=where)
+        self._head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
         device.open_lanes([(lane.name, lane.share) for lane in pipeline.lanes])
         self._program = build_program(pipeline, graph, decoder, self._prologue, self._epilogue)
 
@@ -118,56 +96,6 @@ class Executor:
 
     def _epilogue(self, whole: _WholeBatch) -> None:
         plan = whole.plan
-        prompt = None if plan.prompt_logprobs is None else self._score_prompt(plan.prompt_logprobs)
-        tokens, logprobs = self._sample(plan.sampling)
+        prompt = None if plan.prompt_logprobs is None else self._head.score(plan.prompt_logprobs)
+        tokens, logprobs = self._head.sample(plan.sampling)
         whole.result = BatchResult(tokens.cpu().numpy(), logprobs, prompt)
-
-    def _sample(self, plan: SamplingPlan) -> tuple[Tensor, LogprobArrays | None]:
-        n_rows = len(plan.token_rows)
-        tokens = torch.empty(n_rows, dtype=torch.int32, device=self._last_tokens.device)
-        self.sampler.begin(plan)
-        parts: list[LogprobArrays | None] = []
-        for start in range(0, n_rows, LOGIT_ROWS):
-            stop = min(start + LOGIT_ROWS, n_rows)
-            part = plan if stop - start == n_rows else plan.rows(start, stop)
-            logits = self._logits_of(part.token_rows)
-            parts.append(self.sampler.sample(logits, part, tokens[start:stop]))
-        if n_rows:
-            self._last_tokens.index_copy_(0, self._stager.tensor(plan.slots).long(), tokens)
-        return tokens, _joined(parts)
-
-    def _score_prompt(self, plan: PromptLogprobPlan) -> LogprobArrays | None:
-        n_top = int(plan.n_logprobs.max())
-
-        def score(start: int) -> LogprobArrays:
-            part = slice(start, start + LOGIT_ROWS)
-            return self.sampler.score(
-                self._logits_of(plan.token_rows[part]), self._stager.tensor(plan.target_ids[part]), n_top
-            )
-
-        return _joined([score(start) for start in range(0, len(plan.token_rows), LOGIT_ROWS)])
-
-    def _logits_of(self, token_rows: np.ndarray) -> Tensor:
-        logits = self._logits[: len(token_rows)]
-        self.decoder.lm_head(self._activations.x_td, self._stager.tensor(token_rows), logits)
-        return logits
-
-
-def _joined(parts: Sequence[LogprobArrays | None]) -> LogprobArrays | None:
-    """Row blocks put together (all of them score or none: the sampler decides by the whole plan)."""
-    known = [part for part in parts if part is not None]
-    if not known:
-        return None
-    if len(parts) == 1:
-        return known[0]
-    width = max(part.top_ids.shape[1] for part in known)
-    return LogprobArrays(
-        chosen=np.concatenate([part.chosen for part in known]),
-        rank=np.concatenate([part.rank for part in known]),
-        top_ids=np.concatenate([_padded(part.top_ids, width) for part in known]),
-        top_logprobs=np.concatenate([_padded(part.top_logprobs, width) for part in known]),
-    )
-
-
-def _padded(array: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(array, ((0, 0), (0, width - array.shape[1])))

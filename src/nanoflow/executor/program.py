@@ -24,7 +24,7 @@ def issue(launches: Sequence[Launch], lanes: Sequence[Lane], states: Sequence[An
         lane = lanes[launch.lane]
         if launch.after:
             lane.wait([events[index] for index in launch.after])
-        launch.run(states[launch.state])
+        lane.run(launch.run, states[launch.state])
         if launch.done is not None:
             lane.record(events[launch.done])
 

@@ -1,13 +1,12 @@
 """The measured timeline of an iteration: when each nano-operation ran on which lane.
 
-Tracing replaces the loop that issues launches by one that also looks at the clock, so an untraced iteration pays
-nothing. It needs lanes whose launches have ended when they return, as the CPU's do.
+Tracing replaces the loop that issues launches by one that also marks each lane's time, so an untraced iteration pays
+nothing. A device that replays recordings issues a traced iteration launch by launch.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ class Tracer:
     """Issues launches like `program.issue` and notes when each began and ended."""
 
     def __init__(self) -> None:
-        self._raw: list[tuple[str, str, float, float]] = []
+        self._raw: list[tuple[str, str, Callable[[], float], Callable[[], float]]] = []
 
     def issue(
         self, launches: Sequence[Launch], lanes: Sequence[Lane], states: Sequence[Any], events: Sequence[Event]
@@ -38,17 +37,16 @@ class Tracer:
             lane = lanes[launch.lane]
             if launch.after:
                 lane.wait([events[index] for index in launch.after])
-            begin = time.perf_counter()
-            launch.run(states[launch.state])
-            end = time.perf_counter()
+            begin = lane.stamp()
+            lane.run(launch.run, states[launch.state])
+            end = lane.stamp()
             if launch.done is not None:
                 lane.record(events[launch.done])
             self._raw.append((launch.label, lane.name, begin, end))
 
     def spans(self) -> list[Span]:
         """Spans in order of their start; call it when the iteration has ended."""
-        origin = min((begin for _, _, begin, _ in self._raw), default=0.0)
-        spans = [
-            Span(label, lane, (begin - origin) * 1e6, (end - origin) * 1e6) for label, lane, begin, end in self._raw
-        ]
+        timed = [(label, lane, begin(), end()) for label, lane, begin, end in self._raw]
+        origin = min((begin for _, _, begin, _ in timed), default=0.0)
+        spans = [Span(label, lane, (begin - origin) * 1e6, (end - origin) * 1e6) for label, lane, begin, end in timed]
         return sorted(spans, key=lambda span: span.start_us)

@@ -1,0 +1,102 @@
+"""Partitions of a GPU's multiprocessors: streams of CUDA green contexts, each confined to its own part of the chip.
+
+A partition is what makes a lane's share true: its kernels cannot spread over the multiprocessors of the others. The
+driver hands them out in groups of eight on compute capability 9. Source: CUDA Driver API, "Green Contexts".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nanoflow.core.errors import ConfigError
+
+SM_STEP = 8
+"""Multiprocessors come in multiples of this (capability 9.0; a divisor of what older chips ask for)."""
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """A driver call; its result without the status. Raises `ConfigError` where the driver refuses."""
+    from cuda.bindings import driver
+
+    status, *found = getattr(driver, name)(*arguments)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise ConfigError(
+            f"the CUDA driver refused {name} ({status.name}); use a pipeline whose lanes all have share 1."
+        )
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def unusable_reason() -> str | None:
+    """Why lanes cannot have parts of the GPU here; None if they can."""
+    try:
+        import cuda.bindings.driver  # noqa: F401
+    except ImportError:
+        return "the package cuda-bindings is not installed"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+class GreenContext:
+    """One partition of `n_sms` multiprocessors, with streams of its own."""
+
+    def __init__(self, resource: Any, device: int) -> None:
+        from cuda.bindings import driver
+
+        self.n_sms = int(resource.sm.smCount)
+        described = _call("cuDevResourceGenerateDesc", [resource], 1)
+        flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+        self._context = _call("cuGreenCtxCreate", described, _call("cuDeviceGet", device), flags)
+        self._streams: list[Any] = []
+
+    def stream(self, priority: int = 0) -> torch.cuda.Stream:
+        """A new stream whose kernels run on this partition alone."""
+        from cuda.bindings import driver
+
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        handle = _call("cuGreenCtxStreamCreate", self._context, flags, priority)
+        self._streams.append(handle)
+        return torch.cuda.ExternalStream(int(handle))
+
+    def close(self) -> None:
+        """Destroy the streams and the partition; nothing may run on them any more."""
+        for handle in self._streams:
+            _call("cuStreamDestroy", handle)
+        self._streams = []
+        if self._context is not None:
+            _call("cuGreenCtxDestroy", self._context)
+            self._context = None
+
+
+def sm_counts(shares: Sequence[float], n_sms: int) -> list[int]:
+    """Multiprocessors of each lane: `shares` of `n_sms` in whole steps, at least one step each, the last taking less
+    where rounding up would exceed the chip. Raises `ConfigError` if they cannot fit."""
+    counts = [max(SM_STEP, round(share * n_sms / SM_STEP) * SM_STEP) for share in shares]
+    while sum(counts) > n_sms:
+        largest = max(range(len(counts)), key=counts.__getitem__)
+        if counts[largest] <= SM_STEP:
+            raise ConfigError(f"{len(shares)} lanes do not fit on {n_sms} multiprocessors; use fewer lanes.")
+        counts[largest] -= SM_STEP
+    return counts
+
+
+def split(shares: Sequence[float], device: int = 0) -> list[GreenContext]:
+    """Partitions of the GPU `device` with the given shares, which sum up to at most 1.
+
+    Raises `ConfigError` if the driver refuses or they do not fit.
+    """
+    from cuda.bindings import driver
+
+    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+    rest = _call("cuDeviceGetDevResource", _call("cuDeviceGet", device), kind)
+    contexts = []
+    for count in sm_counts(shares, int(rest.sm.smCount)):
+        if int(rest.sm.smCount) > count:
+            groups, _, rest = _call("cuDevSmResourceSplitByCount", 1, rest, 0, count)
+            contexts.append(GreenContext(groups[0], device))
+        else:
+            contexts.append(GreenContext(rest, device))
+    return contexts

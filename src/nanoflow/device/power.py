@@ -1,0 +1,48 @@
+"""Energy and power of an NVIDIA GPU through NVML (package nvidia-ml-py), where both are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nanoflow.core.log import get_logger
+
+_log = get_logger(__name__)
+
+
+class PowerMeter:
+    """The counters of GPU `index`; every reading is None where NVML cannot be used."""
+
+    def __init__(self, index: int = 0) -> None:
+        self._nvml: Any = None
+        self._handle: Any = None
+        self._start_j = 0.0
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(index).uuid
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self._nvml = pynvml
+            self._start_j = self._counter_j()
+        except Exception as error:
+            _log.info("energy: not measured (%s)", error)
+            self._nvml = None
+
+    def _counter_j(self) -> float:
+        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+
+    def energy_j(self) -> float | None:
+        """Joules since this meter was made. The counter moves about every 20 to 100 ms."""
+        return None if self._nvml is None else self._counter_j() - self._start_j
+
+    def cap_w(self) -> float | None:
+        """The enforced power limit in watts."""
+        return None if self._nvml is None else float(self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle)) / 1e3
+
+    def clock_mhz(self) -> float | None:
+        """The multiprocessors' clock now."""
+        if self._nvml is None:
+            return None
+        return float(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))

@@ -1,0 +1,278 @@
+"""The executor of devices that replay recordings (CUDA graphs): padding to buckets, staging, replay.
+
+An iteration is two replays: the layers, recorded per batch size, and the LM head with sampling, recorded per number
+of rows that sample. Between them and the next iteration the host only fills a staging buffer; sampled tokens stay on
+the device for the next iteration's decode rows. Rows with penalties, biases or log-probabilities take `BlockHead`,
+launch by launch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoflow.core.batch import BatchPlan, BatchResult, LogprobArrays, SamplingPlan
+from nanoflow.core.errors import PipelineError
+from nanoflow.core.ops import Op
+from nanoflow.device.base import Launch, Program
+from nanoflow.device.cuda import CudaDevice, CudaRun
+from nanoflow.executor.bucket import Bucket, BucketLayout, SliceWork, WholeBatch, bucket_sizes, slice_rows
+from nanoflow.executor.head import BlockHead, Sampler
+from nanoflow.executor.pinned import Layout, PinnedStage, ResultRing
+from nanoflow.executor.program import build_program, issue
+from nanoflow.executor.timeline import Tracer
+from nanoflow.models.decoder import Decoder
+from nanoflow.models.state import Activations
+from nanoflow.pipeline.graph import layer_graph
+from nanoflow.pipeline.pipeline import Pipeline
+
+HEAD_STEP = 64
+
+
+@dataclass
+class HeadState:
+    """Sampling of `n` rows: views of the staged plan, the logits' buffer, and where the tokens go."""
+
+    n: int
+    keys_s: Tensor
+    token_rows_s: Tensor
+    slots_s: Tensor
+    top_k_s: Tensor
+    temperature_s: Tensor
+    top_p_s: Tensor
+    min_p_s: Tensor
+    logits_sv: Tensor
+    tokens_s: Tensor
+
+
+@dataclass
+class CapturedInFlight:
+    """An iteration that the device is working on."""
+
+    plan: BatchPlan
+    _run: CudaRun
+    _tokens: Tensor
+    _logprobs: LogprobArrays | None = None
+    _prompt: LogprobArrays | None = None
+
+    def result(self) -> BatchResult:
+        """Wait for the iteration and return its tokens."""
+        self._run.synchronize()
+        return BatchResult(self._tokens.numpy().copy(), self._logprobs, self._prompt)
+
+
+class CapturedExecutor:
+    """Runs batches of at most `pipeline.dense_batch` tokens and `max_requests` requests on a CUDA device.
+
+    `max_pages` is the longest page table of a request. Call `warm_up` before the first launch.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        decoder: Decoder,
+        device: CudaDevice,
+        sampler: Sampler,
+        n_slots: int,
+        dtype: torch.dtype,
+        *,
+        max_requests: int,
+        max_pages: int,
+        page_tokens: int,
+    ) -> None:
+        graph = layer_graph(decoder.spec)
+        pipeline.validate(graph)
+        self.pipeline = pipeline
+        self.decoder = decoder
+        self.device = device
+        self._n_slots = n_slots
+        self._page_tokens = page_tokens
+        self._max_requests = max_requests
+        where = device.torch_device
+        device.open_lanes([(lane.name, lane.share) for lane in pipeline.lanes])
+        self._activations = Activations.allocate(decoder.spec, pipeline.dense_batch, dtype, where)
+        for buffer in vars(self._activations).values():
+            buffer.zero_()
+        self._last_tokens = torch.zeros(n_slots + 1, dtype=torch.int32, device=where)
+        self._block_head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
+        self._program = build_program(pipeline, graph, decoder, self._prologue, _nothing)
+        self._head_program = Program((Launch("head", 0, self._sample, 0),), 0)
+        self._sizes = bucket_sizes(pipeline.dense_batch)
+        layouts = [BucketLayout(size, self._slice_works(size)) for size in self._sizes]
+        self._stage = PinnedStage(max(at.pages for at in layouts) + max_requests * max_pages, where)
+        self._buckets = [Bucket(at, self._activations, self._stage.ints, page_tokens) for at in layouts]
+        self._head_rows = min(max_requests, pipeline.dense_batch)
+        self._head_stage = PinnedStage(_head_layout(self._head_rows)[-1].stop, where)
+        self._heads = self._make_heads(dtype)
+        self._head_sizes = [head.n for (head,) in self._heads]
+        self._results = ResultRing(self._head_rows, where)
+
+    def _slice_works(self, n_tokens: int) -> list[SliceWork]:
+        """Planners for each slice of a bucket, for the kinds of attention the pipeline runs on it."""
+        spec = self.decoder.spec
+        sms = {lane.name: lane.n_sms for lane in self.device.lanes}
+        lanes = {(nano.op, nano.start, nano.stop): nano.lane for nano in self.pipeline.nano_ops}
+        scaled = slice_rows(self.pipeline.slices, self.pipeline.dense_batch, n_tokens)
+        works = []
+        for rows, (start, stop) in zip(self.pipeline.slices, scaled, strict=True):
+            planners = {}
+            for op in (Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION):
+                lane = lanes.get((op, *rows))
+                planners[op] = (
+                    None
+                    if lane is None or stop <= start
+                    else self.decoder.kernels.attention_work(
+                        prefill=op is Op.PREFILL_ATTENTION,
+                        n_rows=stop - start,
+                        n_requests=min(stop - start, self._max_requests),
+                        n_heads=spec.n_heads,
+                        n_kv_heads=spec.n_kv_heads,
+                        head_dim=spec.head_dim,
+                        lane_sms=sms[lane],
+                    )
+                )
+            works.append(SliceWork(start, stop, planners[Op.DECODE_ATTENTION], planners[Op.PREFILL_ATTENTION]))
+        return works
+
+    def _make_heads(self, dtype: torch.dtype) -> list[list[HeadState]]:
+        """The states of the head's program, by rising number of rows; all share one buffer of logits."""
+        where, n_rows = self.device.torch_device, self._head_rows
+        sizes = [*(n for n in (1, 8, 32) if n < n_rows), *range(HEAD_STEP, n_rows, HEAD_STEP), n_rows]
+        logits = torch.zeros(n_rows, self.decoder.spec.vocab_size, dtype=dtype, device=where)
+        tokens = torch.zeros(n_rows, dtype=torch.int32, device=where)
+        pieces = [self._head_stage.ints[piece] for piece in _head_layout(n_rows)]
+        keys, (token_rows, slots, top_k) = pieces[0].view(torch.int64), pieces[1:4]
+        temperature, top_p, min_p = (piece.view(torch.float32) for piece in pieces[4:])
+        return [
+            [
+                HeadState(
+                    n,
+                    keys_s=keys[:n],
+                    token_rows_s=token_rows[:n],
+                    slots_s=slots[:n],
+                    top_k_s=top_k[:n],
+                    temperature_s=temperature[:n],
+                    top_p_s=top_p[:n],
+                    min_p_s=min_p[:n],
+                    logits_sv=logits[:n],
+                    tokens_s=tokens[:n],
+                )
+            ]
+            for n in sizes
+        ]
+
+    def warm_up(self, *, capture: bool = True) -> None:
+        """Run every size once on padding alone and record it, or, without `capture`, run the largest alone."""
+        for number in reversed(range(len(self._buckets))) if capture else [-1]:
+            self._replay_layers(number, None, capture=capture)
+        for number in reversed(range(len(self._heads))) if capture else [-1]:
+            self._replay_head(number, None, capture=capture)
+        torch.cuda.synchronize(self.device.torch_device)
+
+    def launch(self, plan: BatchPlan, tracer: Tracer | None = None) -> CapturedInFlight:
+        """Start an iteration without waiting for it; a `tracer` notes when each nano-operation ran."""
+        if plan.n_tokens > self.pipeline.dense_batch:
+            raise PipelineError(
+                f"a batch of {plan.n_tokens} tokens exceeds the pipeline's dense batch of {self.pipeline.dense_batch}."
+            )
+        run = self._replay_layers(bisect_left(self._sizes, plan.n_tokens), plan, tracer)
+        sampling = plan.sampling
+        if plan.prompt_logprobs is not None or not _is_plain(sampling):
+            return self._finish_in_blocks(plan)
+        n_rows = len(sampling.token_rows)
+        if not n_rows:
+            return CapturedInFlight(plan, run, torch.zeros(0, dtype=torch.int32))
+        number = bisect_left(self._head_sizes, n_rows)
+        self._replay_head(number, sampling, tracer)
+        return self._returning(plan, self._heads[number][0].tokens_s[:n_rows])
+
+    def _finish_in_blocks(self, plan: BatchPlan) -> CapturedInFlight:
+        with torch.no_grad(), torch.cuda.stream(self.device.main):
+            prompt = None if plan.prompt_logprobs is None else self._block_head.score(plan.prompt_logprobs)
+            tokens, logprobs = self._block_head.sample(plan.sampling)
+        flying = self._returning(plan, tokens)
+        flying._logprobs, flying._prompt = logprobs, prompt
+        return flying
+
+    def _returning(self, plan: BatchPlan, tokens_s: Tensor) -> CapturedInFlight:
+        with torch.cuda.stream(self.device.main):
+            host = self._results.take(tokens_s)
+            done = torch.cuda.Event()
+            done.record()
+        return CapturedInFlight(plan, CudaRun(done), host)
+
+    def _replay_layers(
+        self, number: int, plan: BatchPlan | None, tracer: Tracer | None = None, *, capture: bool = False
+    ) -> CudaRun:
+        bucket = self._buckets[number]
+        n_ints = bucket.write(plan, self._stage.begin(), self._n_slots)
+        with torch.cuda.stream(self.device.main):
+            self._stage.send(n_ints)
+        return self._start(self._program, bucket.states, tracer, capture)
+
+    def _replay_head(
+        self, number: int, plan: SamplingPlan | None, tracer: Tracer | None = None, *, capture: bool = False
+    ) -> CudaRun:
+        _write_head(plan, self._head_stage.begin(), self._n_slots, self._head_rows)
+        with torch.cuda.stream(self.device.main):
+            self._head_stage.send(len(self._head_stage.ints))
+        return self._start(self._head_program, self._heads[number], tracer, capture)
+
+    def _start(self, program: Program, states: list[Any], tracer: Tracer | None, capture: bool) -> CudaRun:
+        run = self.device.start(program, states, tracer.issue if tracer else issue)
+        if capture:
+            self.device.capture(program, states, issue)
+        return run
+
+    def _prologue(self, whole: WholeBatch) -> None:
+        """Take the tokens that only the device knows, then embed."""
+        sampled = self._last_tokens.index_select(0, whole.token_slots_t)
+        torch.where(whole.staged_ids_t < 0, sampled, whole.staged_ids_t, out=whole.nano.token_ids_t)
+        self.decoder.embed(whole.nano)
+
+    def _sample(self, head: HeadState) -> None:
+        self.decoder.lm_head(self._activations.x_td, head.token_rows_s, head.logits_sv)
+        self.decoder.kernels.sample(
+            head.logits_sv,
+            head.temperature_s,
+            head.top_k_s,
+            head.top_p_s,
+            head.min_p_s,
+            head.keys_s,
+            head.tokens_s,
+        )
+        self._last_tokens.index_copy_(0, head.slots_s.long(), head.tokens_s)
+
+
+def _nothing(_: Any) -> None:
+    """The epilogue is a recording of its own, since its size is another."""
+
+
+def _is_plain(plan: SamplingPlan) -> bool:
+    return plan.penalties is None and not plan.any_logprobs and not len(plan.bias_rows)
+
+
+def _head_layout(n: int) -> list[slice]:
+    """Keys (two ints each), token rows, slots, top_k, temperature, top_p, min_p."""
+    layout = Layout()
+    return [layout.take(2 * n, align=2), *(layout.take(n) for _ in range(6))]
+
+
+def _write_head(plan: SamplingPlan | None, host: np.ndarray, spare_slot: int, capacity: int) -> None:
+    """Stage `plan`; rows beyond it sample row 0 greedily into the spare slot."""
+    keys, token_rows, slots, top_k, temperature, top_p, min_p = (host[piece] for piece in _head_layout(capacity))
+    n = 0 if plan is None else len(plan.token_rows)
+    token_rows[n:], slots[n:], top_k[n:], keys[2 * n :] = 0, spare_slot, 0, 0
+    for array, fill in ((temperature, 0.0), (top_p, 1.0), (min_p, 0.0)):
+        array[n:].view(np.float32)[:] = fill
+    if plan is None:
+        return
+    keys[: 2 * n].view(np.int64)[:] = plan.keys
+    token_rows[:n], slots[:n], top_k[:n] = plan.token_rows, plan.slots, plan.top_k
+    for array, values in ((temperature, plan.temperature), (top_p, plan.top_p), (min_p, plan.min_p)):
+        array[:n].view(np.float32)[:] = values
