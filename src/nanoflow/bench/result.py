@@ -148,13 +148,15 @@ class Run:
 class OpTime:
     """Busy time of one operation in an average traced iteration, over all its nano-operations and layers.
 
-    `percent` is of the iteration's wall time, so that the sum passes 100 where operations overlap.
+    `percent` is of the iteration's wall time, so that the sum passes 100 where operations overlap. `floor_us` is the
+    bound of the operation's own work; None where the cost model does not know it.
     """
 
     op: str
     us_per_iteration: float
     launches: int
     percent: float
+    floor_us: float | None = None
 
 
 @dataclass(frozen=True)

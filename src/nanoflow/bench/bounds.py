@@ -1,0 +1,95 @@
+"""What a run could have reached at best: its own work, and its workload's steady state, over this machine's rates.
+
+Rates are measured (`profiling.machine`). Where the card is one of the presets, whose energies were measured, the power
+floor comes with them. Two bounds are given, since each answers a question that the other cannot: the first judges the
+kernels and the loop for the batches that there were, the second also judges how well the batches were filled.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from nanoflow.analysis.bound import Floors, floors_of_run
+from nanoflow.analysis.lengths import Lengths
+from nanoflow.analysis.serving import Group, analyse
+from nanoflow.bench.result import Bound
+from nanoflow.core.errors import ConfigError
+from nanoflow.core.hardware import HardwareSpec, MachineRates
+from nanoflow.core.hardware_presets import HARDWARE
+from nanoflow.core.model_spec import DTYPE_BYTES
+from nanoflow.core.stats import WorkDone
+from nanoflow.engine.build import Engine
+from nanoflow.profiling.machine import measure_rates
+
+DONE, STEADY = "work done", "steady state of the workload"
+
+
+def preset_of(device_name: str) -> HardwareSpec | None:
+    """The preset of a card that calls itself `device_name`: `NVIDIA H200` → h200; None if none surely fits."""
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    for spec in HARDWARE.values():
+        first, *others = spec.name.split("-")
+        if first in words and all(any(word.startswith(part) for word in words) for part in others):
+            return None if "nvl" in words and "nvl" not in others else spec
+    return None
+
+
+def rates_of(engine: Engine) -> MachineRates:
+    """Measured rates of the engine's device (kept after the first time), with its preset's energies if it has one."""
+    config = engine.config
+    rates = measure_rates(engine.device.kind, config.model.dtype, config.device.threads)
+    preset = preset_of(engine.device.name) if engine.device.kind == "cuda" else None
+    if preset is None or rates.power_budget_w is not None or rates.dtype not in preset.peak_flops:
+        return rates
+    known = preset.rates(rates.dtype)
+    return replace(
+        rates, power_budget_w=known.power_budget_w, pj_per_flop=known.pj_per_flop, pj_per_byte=known.pj_per_byte
+    )
+
+
+def bounds_of_run(
+    engine: Engine, rates: MachineRates, elapsed_s: float, work: WorkDone, prompts: Lengths, outputs: Lengths
+) -> tuple[Bound, ...]:
+    """The bound of the work that was done, then that of the workload's steady state (absent if nothing would fit)."""
+    n_tokens = work.prompt_tokens + work.output_tokens
+    found = [_bound(DONE, floors_of_run(work, rates), elapsed_s, n_tokens, rates)]
+    steady = _steady_floors(engine, rates, n_tokens, prompts, outputs)
+    if steady is not None:
+        found.append(_bound(STEADY, steady, elapsed_s, n_tokens, rates))
+    return tuple(found)
+
+
+def _steady_floors(
+    engine: Engine, rates: MachineRates, n_tokens: int, prompts: Lengths, outputs: Lengths
+) -> Floors | None:
+    """Floors in seconds of `n_tokens` at the workload's steady mix, with the KV memory that the engine has."""
+    config, spec = engine.config, engine.spec
+    dtype = config.model.dtype
+    memory = spec.n_params * DTYPE_BYTES[dtype] + float(config.cache.kv_memory_bytes or 0)
+    try:
+        found = analyse(spec, Group(rates, memory), dtype, engine.pipeline.dense_batch, prompts, outputs)
+    except ConfigError:
+        return None
+    scale = n_tokens / found.batch.n_tokens
+    floors = found.floors
+    return Floors(
+        floors.compute_s * scale,
+        floors.mem_s * scale,
+        None if floors.net_s is None else floors.net_s * scale,
+        None if floors.power_s is None else floors.power_s * scale,
+    )
+
+
+def _bound(name: str, floors: Floors, elapsed_s: float, n_tokens: int, rates: MachineRates) -> Bound:
+    seconds = {str(limit): value for limit, value in floors.by_limit.items()}
+    return Bound(
+        name=f"{name}, {'measured' if rates.measured else 'published'} rates",
+        limit=str(floors.limit),
+        bound_s=floors.bound_s,
+        percent_of_bound=floors.percent_of_bound(elapsed_s),
+        floors_s=seconds,
+        percent_of_floor={limit: 100.0 * value / elapsed_s for limit, value in seconds.items()},
+        tokens_per_s=n_tokens / floors.bound_s,
+        rates=rates,
+    )

@@ -1,0 +1,81 @@
+"""From raw samples to the numbers that are printed; `docs/benchmarks.md` defines each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from nanoflow.bench.result import Column, Energy, Run, Series
+
+PERCENTILES = (50, 90, 99)
+Floats = npt.NDArray[np.float64]
+
+
+def spread_of(name: str, values: Floats) -> dict[str, float]:
+    """`<name>_mean_s` and the percentiles `<name>_p50_s` …; nothing of no values. Values are seconds."""
+    if not len(values):
+        return {}
+    found = {f"{name}_mean_s": float(values.mean())}
+    return found | {f"{name}_p{p}_s": float(np.percentile(values, p)) for p in PERCENTILES}
+
+
+def latency_numbers(requests: Mapping[str, Column]) -> dict[str, float]:
+    """TTFT, time per output token after the first, end-to-end and normalised latency of finished requests."""
+    ok = np.array([status == "ok" for status in requests["status"]], dtype=bool)
+    arrival, first, finished = (_column(requests[name])[ok] for name in ("arrival_s", "first_token_s", "finished_s"))
+    n_out = _column(requests["output_tokens"])[ok]
+    several = n_out > 1
+    numbers = spread_of("ttft", first - arrival)
+    numbers |= spread_of("time_per_output_token", (finished - first)[several] / (n_out[several] - 1))
+    numbers |= spread_of("normalised_latency", (finished - arrival) / np.maximum(n_out, 1))
+    return numbers | spread_of("latency", finished - arrival)
+
+
+def throughput_numbers(elapsed_s: float, n_requests: int, prompt_tokens: int, output_tokens: int) -> dict[str, float]:
+    """Tokens and requests a second over the whole run."""
+    return {
+        "tokens_per_s": (prompt_tokens + output_tokens) / elapsed_s,
+        "output_tokens_per_s": output_tokens / elapsed_s,
+        "requests_per_s": n_requests / elapsed_s,
+        "prompt_tokens": float(prompt_tokens),
+        "output_tokens": float(output_tokens),
+    }
+
+
+def energy_of(energy_j: float | None, elapsed_s: float, n_tokens: int, n_output: int) -> Energy | None:
+    """Energy a token and mean power; None where the device does not tell, or told nothing yet."""
+    if not energy_j or not n_tokens or not n_output:
+        return None
+    return Energy(energy_j, energy_j / elapsed_s, 1e3 * energy_j / n_tokens, 1e3 * energy_j / n_output)
+
+
+def over_runs(runs: Sequence[Run]) -> dict[str, float]:
+    """Mean of each number that all runs have, and `<name>_deviation` (sample deviation) where there are several."""
+    if not runs:
+        return {}
+    everywhere = set.intersection(*(set(run.numbers) for run in runs))
+    numbers: dict[str, float] = {}
+    for name in (name for name in runs[0].numbers if name in everywhere):
+        values = np.array([run.numbers[name] for run in runs])
+        numbers[name] = float(values.mean())
+        if len(runs) > 1:
+            numbers[f"{name}_deviation"] = float(values.std(ddof=1))
+    return numbers
+
+
+def headline(series: Series, name: str) -> str:
+    """A number over the runs for people: `1234.5 ± 6.7`."""
+    value, deviation = series.numbers[name], series.numbers.get(f"{name}_deviation")
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
+    return f"{value:,.{digits}f}" + ("" if deviation is None else f" ± {deviation:,.{digits}f}")
+
+
+def _column(values: Column) -> Floats:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def rounded(values: Iterable[float | None]) -> Column:
+    """Times for a file: microseconds are enough."""
+    return tuple(None if value is None else round(value, 6) for value in values)

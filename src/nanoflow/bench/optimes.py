@@ -1,0 +1,104 @@
+"""Where an iteration's time goes: recorded batches are run again with a tracer, after everything was measured.
+
+A `BatchPlan` is a value, so an iteration of the measured run can be repeated exactly, on the same pages. That writes
+keys and values of nobody, so it must be the last thing an engine does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.analysis.batch_shape import batch_shape_of
+from nanoflow.analysis.bound import floors
+from nanoflow.analysis.cost import iteration_costs
+from nanoflow.bench.result import IterationTrace, OpTime, SpanInfo
+from nanoflow.core.batch import BatchPlan
+from nanoflow.core.hardware import MachineRates
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.core.ops import Op
+from nanoflow.executor.executor import Executor
+from nanoflow.executor.timeline import Span, Tracer
+
+HEAD = "head"
+WARM_UP = 1
+FLOOR_OPS = {HEAD: (Op.LM_HEAD, Op.SAMPLE)}
+"""Labels of the program that stand for other operations of the cost model than their own name."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One traced iteration."""
+
+    plan: BatchPlan
+    spans: list[Span]
+
+    @property
+    def iteration_us(self) -> float:
+        return max(span.end_us for span in self.spans)
+
+
+def trace_plans(
+    executor: Executor, plans: Sequence[BatchPlan], spec: ModelSpec, dtype: str, rates: MachineRates
+) -> IterationTrace | None:
+    """Run each plan with a tracer (the first once more, to warm up); None without plans. The engine must be idle."""
+    if not plans:
+        return None
+    traced = [_run(executor, plan) for plan in [*plans[:WARM_UP], *plans]][min(WARM_UP, len(plans)) :]
+    median = sorted(traced, key=lambda one: one.iteration_us)[len(traced) // 2]
+    return IterationTrace(
+        n_iterations=len(traced),
+        iteration_us=float(np.mean([one.iteration_us for one in traced])),
+        batch_tokens=median.plan.n_tokens,
+        decode_tokens=median.plan.n_decode,
+        ops=op_times(traced, spec, dtype, rates),
+        spans=tuple(SpanInfo(span.label, span.lane, span.start_us, span.end_us) for span in median.spans),
+    )
+
+
+def op_times(traced: Sequence[Traced], spec: ModelSpec, dtype: str, rates: MachineRates) -> tuple[OpTime, ...]:
+    """Mean busy time of every operation an iteration, longest first, with the floor under it."""
+    busy: dict[str, float] = {}
+    launches: dict[str, int] = {}
+    floor_us: dict[str, float] = {}
+    for one in traced:
+        for span in one.spans:
+            name = op_of(span.label)
+            busy[name] = busy.get(name, 0.0) + span.end_us - span.start_us
+            launches[name] = launches.get(name, 0) + 1
+        for name, value in _floors_us(one.plan, spec, dtype, rates, set(busy)).items():
+            floor_us[name] = floor_us.get(name, 0.0) + value
+    n, wall = len(traced), sum(one.iteration_us for one in traced)
+    return tuple(
+        OpTime(
+            op=name,
+            us_per_iteration=total / n,
+            launches=round(launches[name] / n),
+            percent=100.0 * total / wall,
+            floor_us=floor_us[name] / n if name in floor_us else None,
+        )
+        for name, total in sorted(busy.items(), key=lambda entry: -entry[1])
+    )
+
+
+def op_of(label: str) -> str:
+    """`qkv[0:256]@3` → `qkv`."""
+    return label.partition("[")[0]
+
+
+def _floors_us(plan: BatchPlan, spec: ModelSpec, dtype: str, rates: MachineRates, names: set[str]) -> dict[str, float]:
+    costs = iteration_costs(spec, batch_shape_of(plan, spec.sliding_window), dtype)
+    found: dict[str, float] = {}
+    for name in names:
+        parts = [costs[op] for op in FLOOR_OPS.get(name, tuple(op for op in costs if op == name)) if op in costs]
+        if parts:
+            found[name] = sum(1e6 * floors(part.flops, part.mem_bytes, rates).bound_s for part in parts)
+    return found
+
+
+def _run(executor: Executor, plan: BatchPlan) -> Traced:
+    tracer = Tracer()
+    executor.launch(plan, tracer).result()
+    return Traced(plan, tracer.spans())

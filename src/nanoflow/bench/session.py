@@ -1,0 +1,127 @@
+"""Drives one engine through a set of requests in the caller's thread, and notes what happened in each iteration.
+
+It feeds the engine core directly with token ids and never detokenises, so that what is timed is the engine: per
+iteration it costs two clock reads and a few appends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanoflow.bench.workloads import RequestSet
+from nanoflow.core.batch import BatchPlan
+from nanoflow.core.errors import ConfigError
+from nanoflow.core.sampling import SamplingParams
+from nanoflow.core.stats import WorkDone
+from nanoflow.engine.build import Engine
+from nanoflow.engine.core import InFlightBatch
+from nanoflow.engine.sequence import Sequence as EngineSequence
+
+KEPT_PLANS = 24
+PROGRESS_EVERY_S = 0.5
+OnProgress = Callable[[int, int, str], None]
+"""Told of finished requests, all requests, and a word on speed."""
+
+
+@dataclass
+class IterationLog:
+    """Start (seconds from the run's start), tokens and decode tokens of every iteration, and some of their plans.
+
+    Of n iterations every k-th plan is kept, k doubling whenever there are too many: an even sample of the run.
+    """
+
+    start_s: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    decode_tokens: list[int] = field(default_factory=list)
+    plans: list[BatchPlan] = field(default_factory=list)
+    _stride: int = 1
+
+    def add(self, start_s: float, plan: BatchPlan) -> None:
+        """Note one iteration."""
+        if len(self.tokens) % self._stride == 0:
+            self.plans.append(plan)
+            if len(self.plans) > KEPT_PLANS:
+                self.plans = self.plans[::2]
+                self._stride *= 2
+        self.start_s.append(start_s)
+        self.tokens.append(plan.n_tokens)
+        self.decode_tokens.append(plan.n_decode)
+
+    def steady_plans(self, n: int) -> list[BatchPlan]:
+        """Up to `n` kept plans whose token counts are nearest to the median over the run's middle half.
+
+        Start and end of a run, where batches fill and drain, do not count.
+        """
+        if not self.plans:
+            return []
+        quarter = len(self.plans) // 4
+        middle = self.plans[quarter : len(self.plans) - quarter] or self.plans
+        median = float(np.median([plan.n_tokens for plan in middle]))
+        return sorted(middle, key=lambda plan: abs(plan.n_tokens - median))[:n]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured run of an engine. `started_s` is `time.monotonic()` at its start; energy is the device's own."""
+
+    sequences: list[EngineSequence]
+    started_s: float
+    elapsed_s: float
+    work: WorkDone
+    energy_j: float | None
+    preemptions: int
+    log: IterationLog
+
+
+def make_sequences(engine: Engine, requests: RequestSet, seed: int) -> list[EngineSequence]:
+    """Sequences of random tokens, temperature 1, end tokens ignored. `ConfigError` if one does not fit the engine."""
+    longest = int((requests.prompt_tokens + requests.output_tokens).max())
+    if longest > engine.submission.max_model_len:
+        raise ConfigError(
+            f"the workload's longest request has {longest} tokens, but this engine serves "
+            f"{engine.submission.max_model_len} in all; give --max-total-tokens or raise --max-model-len."
+        )
+    vocab_size = engine.spec.vocab_size
+    found: list[EngineSequence] = []
+    for index, n_output in enumerate(requests.output_tokens.tolist()):
+        params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=n_output, seed=seed * 1_000_003 + index)
+        ids = requests.prompt(index, vocab_size, seed)
+        found += engine.submission.sequences(ids, params, request_id=f"{seed}-{index}")
+    return found
+
+
+def run_sequences(engine: Engine, sequences: Sequence[EngineSequence], on_progress: OnProgress | None = None) -> Record:
+    """Queue all of them at once and step until every one has ended. An error of the device passes through."""
+    core, log = engine.core, IterationLog()
+    before, energy_before = core.stats(), engine.device.energy_j()
+    started = next_report = time.monotonic()
+    for sequence in sequences:
+        core.add(sequence)
+    in_flight: InFlightBatch | None = None
+    try:
+        while core.has_work or in_flight is not None:
+            now = time.monotonic()
+            in_flight = core.step(in_flight)
+            if in_flight is not None:
+                log.add(now - started, in_flight.scheduled.plan)
+            if on_progress is not None and now >= next_report:
+                next_report = now + PROGRESS_EVERY_S
+                stats = core.stats()
+                done = sum(stats.finished.values()) - sum(before.finished.values())
+                on_progress(done, len(sequences), _speed(stats.work - before.work, now - started))
+    except BaseException as error:
+        core.fail_all(f"{type(error).__name__}: {error}")
+        raise
+    elapsed = time.monotonic() - started
+    energy_after, after = engine.device.energy_j(), core.stats()
+    energy = None if energy_before is None or energy_after is None else energy_after - energy_before
+    preemptions = after.preemptions - before.preemptions
+    return Record(list(sequences), started, elapsed, after.work - before.work, energy, preemptions, log)
+
+
+def _speed(work: WorkDone, elapsed_s: float) -> str:
+    return f"{(work.prompt_tokens + work.output_tokens) / max(elapsed_s, 1e-9):.0f} tokens/s"

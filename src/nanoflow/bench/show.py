@@ -1,0 +1,94 @@
+"""A result as text for a terminal: the same numbers as in its JSON, with their spread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from nanoflow.analysis.report import si
+from nanoflow.bench.numbers import headline
+from nanoflow.bench.result import BenchResult, Bound, IterationTrace, Run, Series
+
+
+def lines_of(result: BenchResult) -> Iterator[str]:
+    """What a result says, a line each."""
+    workload, machine = result.workload, result.machine
+    yield result.title
+    sides = (
+        ("prompt", workload.prompt_mean_tokens, workload.prompt_deviation_tokens),
+        ("output", workload.output_mean_tokens, workload.output_deviation_tokens),
+    )
+    lengths = ", ".join(f"{mean:.0f} ± {deviation:.0f} {side} tokens" for side, mean, deviation in sides)
+    yield f"  workload: {lengths}; seed {workload.seed}"
+    yield f"  machine: {machine.name}; {result.model.dtype or 'dtype unknown'}; {result.target}"
+    for series in result.series:
+        yield from series_lines(series)
+    for name, value in result.numbers.items():
+        yield f"{name}: {value:.4g}"
+    for note in result.notes:
+        yield f"note: {note}"
+
+
+def series_lines(series: Series) -> Iterator[str]:
+    """One thing that was measured: throughput, batches, energy, bounds, operations."""
+    if series.not_applicable:
+        yield f"{series.name}: not applicable, {series.not_applicable}"
+        return
+    runs = f"{len(series.runs)} runs" if len(series.runs) > 1 else "1 run"
+    yield (
+        f"{series.name}, {runs}: {headline(series, 'tokens_per_s')} tokens/s (in + out), "
+        f"{headline(series, 'output_tokens_per_s')} output tokens/s"
+    )
+    if "batch_fill_percent" in series.numbers:
+        yield (
+            f"  batches: {headline(series, 'iteration_mean_ms')} ms an iteration, fill "
+            f"{headline(series, 'batch_fill_percent')} % (median {headline(series, 'batch_fill_median_percent')} %), "
+            f"{headline(series, 'decode_tokens_per_iteration')} decode tokens, "
+            f"{series.numbers['preemptions']:.0f} preemptions"
+        )
+    yield from (f"  {line}" for line in _power(series.runs))
+    if series.runs and series.runs[-1].bounds:
+        for number in range(len(series.runs[-1].bounds)):
+            yield f"  {_bound([run.bounds[number] for run in series.runs])}"
+        yield f"  {_rates(series.runs[-1].bounds[0])}"
+    if series.trace is not None:
+        yield from _operations(series.trace)
+
+
+def _power(runs: Sequence[Run]) -> Iterator[str]:
+    known = [run.energy for run in runs if run.energy is not None]
+    if known:
+        watts = sum(energy.mean_power_w for energy in known) / len(known)
+        token = sum(energy.mj_per_token for energy in known) / len(known)
+        output = sum(energy.mj_per_output_token for energy in known) / len(known)
+        yield f"power: {watts:.0f} W, {token:.2f} mJ a token, {output:.2f} mJ an output token (idle included)"
+
+
+def _bound(bounds: Sequence[Bound]) -> str:
+    percent = sum(bound.percent_of_bound for bound in bounds) / len(bounds)
+    limits = ", ".join(
+        f"{limit} {sum(bound.percent_of_floor[limit] for bound in bounds) / len(bounds):.1f} %"
+        for limit in bounds[0].percent_of_floor
+    )
+    return (
+        f"{percent:.1f} % of the {bounds[0].limit} bound of {bounds[0].tokens_per_s:,.0f} tokens/s "
+        f"({bounds[0].name}); floors reached: {limits}"
+    )
+
+
+def _rates(bound: Bound) -> str:
+    rates = bound.rates
+    power = "" if rates.power_budget_w is None else f", {rates.power_budget_w:.0f} W above idle"
+    return f"rates: GEMM {si(rates.flops_per_s, 'FLOP/s')}, memory {si(rates.mem_bytes_per_s, 'B/s')}{power}"
+
+
+def _operations(trace: IterationTrace) -> Iterator[str]:
+    yield (
+        f"  an iteration of {trace.batch_tokens} tokens ({trace.decode_tokens} decode): "
+        f"{trace.iteration_us / 1e3:.2f} ms traced, mean of {trace.n_iterations}"
+    )
+    yield f"  {'OPERATION':<20}{'ms':>10}{'percent':>10}{'launches':>10}{'floor ms':>10}{'of floor':>10}"
+    for op in trace.ops:
+        floor = "" if not op.floor_us else f"{op.floor_us / 1e3:>10.3f}"
+        reached = "" if not op.floor_us else f"{100 * op.floor_us / op.us_per_iteration:>8.0f} %"
+        row = f"{op.op:<20}{op.us_per_iteration / 1e3:>10.3f}{op.percent:>10.1f}{op.launches:>10}"
+        yield f"  {row}{floor}{reached}"
