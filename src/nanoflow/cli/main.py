@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nanoflow import __version__
-from nanoflow.cli import analyze, chat, doctor, generate, models, pipeline, profile, search, serve, tune
+from nanoflow.cli import analyze, bench, chat, doctor, generate, models, pipeline, profile, search, serve, tune
 from nanoflow.cli.parser import SentenceParser
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError, NanoflowError
@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "models": models,
     "doctor": doctor,
     "analyze": analyze,
+    "bench": bench,
     "profile": profile,
     "search": search,
     "tune": tune,
