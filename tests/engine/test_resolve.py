@@ -25,6 +25,7 @@ PAGE_BYTES = 16 * SPEC.kv_bytes_per_token("float32")
 
 class FakeDevice:
     kind = "cpu"
+    memory_bytes = None
 
     def __init__(self, free_bytes: int) -> None:
         self.free_bytes = free_bytes
@@ -75,7 +76,7 @@ def test_sizes_are_decided() -> None:
     assert config.scheduler.dense_batch == 32
     assert config.scheduler.max_running == 32
     assert config.model.max_model_len == 256
-    assert config.cache.kv_memory_bytes == int(1000 * resolve.CPU_KV_FRACTION) * PAGE_BYTES
+    assert config.cache.kv_memory_bytes == int(1000 * resolve.DEFAULTS["cpu"].kv_fraction) * PAGE_BYTES
     assert sizes(1000, max_model_len=256, kv_memory_fraction=0.25).cache.kv_memory_bytes == 250 * PAGE_BYTES
     assert sizes(1000, max_model_len=256, kv_memory_bytes=99 * PAGE_BYTES + 5).cache.kv_memory_bytes == 99 * PAGE_BYTES
 
@@ -149,7 +150,7 @@ def test_pipelines(tmp_path: Path) -> None:
     def config(**options: Any) -> EngineConfig:
         return EngineConfig.from_options(model="smollm2", **options)
 
-    assert choose_pipeline(config(), GRAPH).dense_batch == resolve.CPU_DENSE_BATCH
+    assert choose_pipeline(config(), GRAPH).dense_batch == resolve.DEFAULTS["cpu"].dense_batch
     assert choose_pipeline(config(pipeline="sequential", dense_batch=77), GRAPH) == sequential(GRAPH, 77)
     path = tmp_path / "p.json"
     sequential(GRAPH, 48).save(path)

@@ -88,6 +88,8 @@ class Device(Protocol):
     torch_device: torch.device
     wide_residual: bool
     """Whether a float32 residual stream costs next to nothing here."""
+    memory_bytes: int | None
+    """The device's own whole memory; None where it shares the host's."""
     captures: bool
     """Whether `start` replays a recording of the launches: states then stay the same objects between iterations."""
 

@@ -125,6 +125,7 @@ class CpuDevice:
     kind = "cpu"
     wide_residual = True
     captures = False
+    memory_bytes: int | None = None
 
     def __init__(self, threads: int | None = None) -> None:
         cores = env.available_cores()

@@ -108,7 +108,7 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(index)
         self.name = properties.name
         self.n_sms = int(properties.multi_processor_count)
-        self.memory_bytes = int(properties.total_memory)
+        self.memory_bytes: int | None = int(properties.total_memory)
         self.use_graphs = use_graphs
         self.main = torch.cuda.Stream(self.torch_device)
         self._power = PowerMeter(index)

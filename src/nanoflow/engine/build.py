@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+
+import torch
 from functools import cached_property
 
 from nanoflow.analysis.report import RunReport
@@ -14,14 +16,15 @@ from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.stats import WorkDone
 from nanoflow.device.base import Device
-from nanoflow.engine.core import EngineCore
+from nanoflow.engine.core import EngineCore, Launcher
 from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, find_tuned, open_device, resolve_dtype, resolve_sizes
 from nanoflow.engine.sampler import LogitsSampler
-from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
+from nanoflow.engine.scheduler import Scheduler, SchedulerLimits, slots_for
 from nanoflow.engine.submission import Submission
 from nanoflow.executor.executor import Executor
+from nanoflow.kernels.base import Kernels
 from nanoflow.kernels.registry import create
-from nanoflow.models.decoder import Decoder
+from nanoflow.models.decoder import Decoder, DecoderWeights
 from nanoflow.models.loading import load_weights
 from nanoflow.models.registry import load_tokenizer, resolve_model
 from nanoflow.pipeline.graph import layer_graph
@@ -68,16 +71,15 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     config = resolve_dtype(config, spec, device)
     dtype = TORCH_DTYPES[config.model.dtype]
     kernels = create(config.device.kernels, device.kind, dtype)
-    pipeline = choose_pipeline(config, layer_graph(spec), find_tuned(config, spec, device, kernels.name))
+    pipeline = choose_pipeline(
+        config, layer_graph(spec), find_tuned(config, spec, device, kernels.name), kind=device.kind
+    )
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
     weights = load_weights(spec, files.open_weights(), kernels, dtype, device.torch_device, show_progress=show_progress)
-    config = resolve_sizes(config, spec, device, pipeline)
+    config, executor = _place(config, spec, weights, kernels, device, pipeline, dtype)
     page = config.cache.page_tokens
     assert config.cache.kv_memory_bytes and config.scheduler.max_running and config.model.max_model_len
     n_pages = config.cache.kv_memory_bytes // (page * spec.kv_bytes_per_token(config.model.dtype))
-    with device.torch_device:
-        kv_layers = kernels.allocate_kv(n_pages, page, spec.n_kv_heads, spec.head_dim, dtype, spec.n_layers)
-    decoder = Decoder(spec, weights, kernels, kv_layers, n_positions=config.model.max_model_len)
     eos_ids = tuple(dict.fromkeys([*spec.eos_ids, *tokenizer.eos_ids]))
     scheduler = Scheduler(
         SchedulerLimits(
@@ -89,8 +91,6 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
             eos_ids=eos_ids,
         )
     )
-    sampler = LogitsSampler(kernels, spec.vocab_size, device.torch_device)
-    executor = Executor(pipeline, decoder, device, sampler, scheduler.table.n_slots, dtype)
     work = WorkCounter(iteration_work(spec, config.model.dtype))
     core = EngineCore(scheduler, executor, work, asynchronous=config.scheduler.asynchronous)
     _log.info(
@@ -98,3 +98,31 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     )
     submission = Submission(spec, tokenizer, config.model.max_model_len, eos_ids)
     return Engine(config, spec, tokenizer, pipeline, device, core, submission, kernels.name)
+
+
+def _place(
+    config: EngineConfig,
+    spec: ModelSpec,
+    weights: DecoderWeights,
+    kernels: Kernels,
+    device: Device,
+    pipeline: Pipeline,
+    dtype: torch.dtype,
+) -> tuple[EngineConfig, Launcher]:
+    """KV pages and the executor: recorded where the device replays recordings and the kernels can be recorded."""
+    if device.captures and kernels.capturable:
+        from nanoflow.device.cuda import CudaDevice
+        from nanoflow.engine.gpu import place_on_gpu
+
+        assert isinstance(device, CudaDevice)
+        return place_on_gpu(config, spec, weights, kernels, device, pipeline, dtype, slots_for)
+    config = resolve_sizes(config, spec, device, pipeline)
+    page = config.cache.page_tokens
+    assert config.cache.kv_memory_bytes and config.scheduler.max_running and config.model.max_model_len
+    n_pages = config.cache.kv_memory_bytes // (page * spec.kv_bytes_per_token(config.model.dtype))
+    with device.torch_device:
+        kv_layers = kernels.allocate_kv(n_pages, page, spec.n_kv_heads, spec.head_dim, dtype, spec.n_layers)
+    decoder = Decoder(spec, weights, kernels, kv_layers, n_positions=config.model.max_model_len)
+    sampler = LogitsSampler(kernels, spec.vocab_size, device.torch_device)
+    n_slots = slots_for(config.scheduler.max_running)
+    return config, Executor(pipeline, decoder, device, sampler, n_slots, dtype)

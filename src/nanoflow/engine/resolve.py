@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,25 +23,44 @@ from nanoflow.profiling.fingerprint import machine_fingerprint
 _log = get_logger(__name__)
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CPU_DENSE_BATCH = 512
-CPU_MAX_RUNNING = 256
-CPU_KV_FRACTION = 0.4
+
+
+@dataclass(frozen=True)
+class DeviceDefaults:
+    """What is taken where the user leaves it open: sizes in tokens and requests, and a share of the memory."""
+
+    dense_batch: int
+    max_running: int
+    kv_fraction: float
+
+
+DEFAULTS = {"cpu": DeviceDefaults(512, 256, 0.4), "cuda": DeviceDefaults(2048, 1024, 0.92)}
+"""By device kind. The share is of the free memory on a CPU, and of the whole memory, weights included, on a GPU."""
 
 
 def open_device(config: EngineConfig) -> Device:
-    """The device that `config.device` asks for. Raises `ConfigError` if this build cannot run there."""
-    if config.device.device == "cuda":
-        raise ConfigError(
-            "device 'cuda' is not supported by this version yet; use device 'cpu' (or leave it at 'auto')."
-        )
+    """The device that `config.device` asks for; `auto` takes a GPU where our kernels run on it.
+
+    Raises `ConfigError` if the one asked for cannot be used here.
+    """
+    wanted = config.device.device
+    if wanted == "auto":
+        offer, refused = available("cuda", torch.bfloat16)[0] if torch.cuda.is_available() else ("", "no GPU")
+        wanted = "cpu" if refused else "cuda"
+        if refused and torch.cuda.is_available():
+            _log.warning("device: cpu, since the %s kernels cannot use the GPU: %s", offer, refused)
+    if wanted == "cuda":
+        from nanoflow.device.cuda import CudaDevice
+
+        return CudaDevice()
     return CpuDevice(config.device.threads)
 
 
 def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: Device) -> EngineConfig:
-    """Settle `dtype`: the model's own where this processor multiplies it natively, else float32."""
+    """Settle `dtype`: the model's own where this processor multiplies it natively, else the fastest there is."""
     if config.model.dtype != "auto":
         return config
-    native = fast_matrix_dtypes()
+    native = {"bfloat16", "float16"} if device.kind == "cuda" else fast_matrix_dtypes()
     usable = {name for name in native if available(device.kind, TORCH_DTYPES[name])[0][1] is None}
     dtype = spec.dtype if spec.dtype in usable else "bfloat16" if "bfloat16" in usable else "float32"
     _log.info("dtype: %s (fast on this processor: %s)", dtype, ", ".join(sorted(native)))
@@ -53,7 +73,8 @@ def resolve_sizes(config: EngineConfig, spec: ModelSpec, device: Device, pipelin
     Raises `DeviceMemoryError` if the KV cache cannot hold one request of the longest context asked for.
     """
     dense_batch = pipeline.dense_batch
-    max_running = min(config.scheduler.max_running or CPU_MAX_RUNNING, dense_batch)
+    defaults = DEFAULTS[device.kind]
+    max_running = min(config.scheduler.max_running or defaults.max_running, dense_batch)
     if config.scheduler.max_running is not None and max_running < config.scheduler.max_running:
         _log.warning("max_running: %d, since each running request needs a row of the dense batch", max_running)
     page = config.cache.page_tokens
@@ -66,7 +87,7 @@ def resolve_sizes(config: EngineConfig, spec: ModelSpec, device: Device, pipelin
     budget = config.cache.kv_memory_bytes
     free = device.free_memory_bytes()
     if budget is None:
-        budget = int(free * (config.cache.kv_memory_fraction or CPU_KV_FRACTION))
+        budget = kv_budget(device, config.cache.kv_memory_fraction or defaults.kv_fraction)
     elif budget > free:
         raise DeviceMemoryError(f"kv_memory_bytes is {budget}, but only {free} bytes are free; lower it.")
     useful_pages = max_running * -(-wanted_len // page)
@@ -86,6 +107,23 @@ def resolve_sizes(config: EngineConfig, spec: ModelSpec, device: Device, pipelin
     return config.with_options("model", max_model_len=max_model_len)
 
 
+def kv_budget(device: Device, fraction: float) -> int:
+    """Bytes for the KV cache: `fraction` of a CPU's free memory, or what is left of `fraction` of a GPU's whole.
+
+    Raises `DeviceMemoryError` if nothing is left.
+    """
+    free, total = device.free_memory_bytes(), device.memory_bytes
+    if total is None:
+        return int(free * fraction)
+    left = int(total * fraction) - (total - free)
+    if left <= 0:
+        raise DeviceMemoryError(
+            f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB of GPU memory are taken before the KV cache; "
+            f"raise kv_memory_fraction (now {fraction}), lower dense_batch or max_running, or use more GPUs."
+        )
+    return left
+
+
 def find_tuned(config: EngineConfig, spec: ModelSpec, device: Device, kernels: str) -> Pipeline | None:
     """The pipeline that `nanoflow tune` kept for exactly this model, machine, precision, kernels and dense batch.
 
@@ -93,7 +131,7 @@ def find_tuned(config: EngineConfig, spec: ModelSpec, device: Device, kernels: s
     """
     if config.pipeline != "auto" or not tuned.folder().is_dir():
         return None
-    dense_batch = config.scheduler.dense_batch or CPU_DENSE_BATCH
+    dense_batch = config.scheduler.dense_batch or DEFAULTS[device.kind].dense_batch
     key = tuned.TuningKey(spec, machine_fingerprint(device), config.model.dtype, kernels, dense_batch)
     found = tuned.find(key)
     if found is not None:
@@ -105,7 +143,9 @@ def find_tuned(config: EngineConfig, spec: ModelSpec, device: Device, kernels: s
     return found
 
 
-def choose_pipeline(config: EngineConfig, graph: LayerGraph, kept: Pipeline | None = None) -> Pipeline:
+def choose_pipeline(
+    config: EngineConfig, graph: LayerGraph, kept: Pipeline | None = None, *, kind: str = "cpu"
+) -> Pipeline:
     """The pipeline that `config.pipeline` names: a file, or a baseline (with `auto`, `kept` where there is one).
 
     Raises `PipelineError` or `ConfigError`.
@@ -113,7 +153,7 @@ def choose_pipeline(config: EngineConfig, graph: LayerGraph, kept: Pipeline | No
     if config.pipeline == "auto" and kept is not None:
         pipeline = kept
     elif config.pipeline in ("auto", "sequential"):
-        pipeline = sequential(graph, config.scheduler.dense_batch or CPU_DENSE_BATCH)
+        pipeline = sequential(graph, config.scheduler.dense_batch or DEFAULTS[kind].dense_batch)
     else:
         pipeline = Pipeline.load(Path(config.pipeline))
         asked = config.scheduler.dense_batch

@@ -35,6 +35,11 @@ class SchedulerLimits:
     eos_ids: tuple[int, ...] = ()
 
 
+def slots_for(max_running: int) -> int:
+    """Twice the running requests: a finished or preempted one keeps its slot while a batch in flight mentions it."""
+    return 2 * max_running
+
+
 class Scheduler:
     """Continuous batching over paged KV memory. Not thread-safe: one thread schedules and retires."""
 
@@ -44,8 +49,7 @@ class Scheduler:
         self.limits = limits
         self.allocator = PageAllocator(limits.n_pages)
         max_pages = -(-limits.max_model_len // limits.page_tokens)
-        # Twice the running requests: a finished or preempted one keeps its slot while a batch in flight mentions it.
-        self.table = RequestTable(2 * limits.max_running, max_pages)
+        self.table = RequestTable(slots_for(limits.max_running), max_pages)
         self.lengths = DecodeLengths()
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0

@@ -14,7 +14,7 @@ from nanoflow.core.errors import ConfigError
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.device.base import Device
-from nanoflow.engine.resolve import CPU_DENSE_BATCH, CPU_MAX_RUNNING, TORCH_DTYPES, open_device, resolve_dtype
+from nanoflow.engine.resolve import DEFAULTS, TORCH_DTYPES, open_device, resolve_dtype
 from nanoflow.kernels.base import Kernels
 from nanoflow.kernels.registry import available, create
 from nanoflow.models.decoder import DecoderWeights
@@ -102,8 +102,8 @@ def open_workbench(config: EngineConfig, workload: str) -> Workbench:
     config = resolve_dtype(config, files.spec, device)
     dtype = TORCH_DTYPES[config.model.dtype]
     kernels = create(config.device.kernels, device.kind, dtype)
-    dense_batch = config.scheduler.dense_batch or CPU_DENSE_BATCH
-    max_running = min(config.scheduler.max_running or CPU_MAX_RUNNING, dense_batch)
+    dense_batch = config.scheduler.dense_batch or DEFAULTS[device.kind].dense_batch
+    max_running = min(config.scheduler.max_running or DEFAULTS[device.kind].max_running, dense_batch)
     longest = config.model.max_model_len or files.spec.max_context_tokens
     if longest > files.spec.max_context_tokens:
         raise ConfigError(

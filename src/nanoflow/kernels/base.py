@@ -10,6 +10,7 @@ e head dim, f feed-forward width, r requests, p pages, s sampling rows, v vocabu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,9 +100,19 @@ class Kernels(Protocol):
     """
 
     name: str
+    capturable: bool
+    """Whether launches read everything that changes between iterations from device memory (see `attention_work`)."""
 
     def linear_weight(self, weight_nk: Tensor) -> LinearWeight:
         """Take over a row-major weight; may repack it. The argument must not be used afterwards."""
+        ...
+
+    def gate_up_weight(self, weight_nk: Tensor) -> LinearWeight:
+        """Take over a fused gate-up weight (2f, d), gate rows first; for `linear_silu_mul` alone."""
+        ...
+
+    def expert_weights(self, weights: Iterable[Tensor], n_experts: int, *, gate_up: bool) -> tuple[LinearWeight, ...]:
+        """Take over one projection of every expert, one at a time; `gate_up` as in `gate_up_weight`. For `experts`."""
         ...
 
     def linear(
@@ -114,6 +125,21 @@ class Kernels(Protocol):
         accumulate: bool = False,
     ) -> None:
         """out = x Wᵀ + bias, or out += … with `accumulate` (summed in float32, rounded once). `out` may be float32."""
+        ...
+
+    def linear_silu_mul(
+        self,
+        x_tk: Tensor,
+        weight: LinearWeight,
+        gate_up_tn: Tensor,
+        out_tf: Tensor,
+        *,
+        bias_n: Tensor | None = None,
+    ) -> None:
+        """out = silu(gate) · up of x Wᵀ + bias, W from `gate_up_weight`; `gate_up` (t, 2f) is scratch.
+
+        `bias_n` has the gate's part first, like the weight that was taken over.
+        """
         ...
 
     def embed(self, token_ids_t: Tensor, table: LinearWeight, out_td: Tensor) -> None:
@@ -142,7 +168,7 @@ class Kernels(Protocol):
         """QK-norm (if weights are given), rotate Q in place (half-split "NeoX" form), write rotated K, and V, to pages.
 
         `cos_sin` is float32 (positions, e): the first half cosines, the second sines. `kv_slots_t` is page ·
-        page_tokens + offset.
+        page_tokens + offset; a row whose slot is negative is padding: nothing of it need be written.
         """
         ...
 
@@ -199,10 +225,11 @@ class Kernels(Protocol):
         keys_s: Tensor,
         out_s: Tensor,
     ) -> None:
-        """Choose a token a row from float32 logits: argmax at temperature 0, else Gumbel-max over the kept tokens.
+        """Choose a token a row from its logits: argmax at temperature 0, else Gumbel-max over the kept tokens.
 
         Kept are the `top_k` (0: all) likeliest after temperature, of these the smallest set whose probability reaches
         `top_p`, of these those with at least `min_p` times the largest probability. Noise: `kernels.noise`.
+        Logits are float32, and on a GPU also bfloat16 or float16; they are read, not changed.
         """
         ...
 

@@ -6,6 +6,8 @@ float32 are made there, if need be by widening a block of the weight at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,10 +34,19 @@ class ReferenceKernels:
     """Implements `kernels.base.Kernels` without any compiled code of our own."""
 
     name = "reference"
+    capturable = False
 
     def linear_weight(self, weight_nk: Tensor) -> LinearWeight:
         """Keep the weight as it is (contiguous)."""
         return LinearWeight(weight_nk.shape[0], weight_nk.shape[1], weight_nk.dtype, weight_nk.detach().contiguous())
+
+    def gate_up_weight(self, weight_nk: Tensor) -> LinearWeight:
+        """Keep the weight as it is (contiguous)."""
+        return self.linear_weight(weight_nk)
+
+    def expert_weights(self, weights: Iterable[Tensor], n_experts: int, *, gate_up: bool) -> tuple[LinearWeight, ...]:
+        """Keep the weights as they are (contiguous)."""
+        return tuple(self.linear_weight(weight) for weight in weights)
 
     def linear(
         self,
@@ -63,6 +74,19 @@ class ReferenceKernels:
             if accumulate:
                 result += out_tn[:, columns].float()
             out_tn[:, columns] = result.to(out_tn.dtype)
+
+    def linear_silu_mul(
+        self,
+        x_tk: Tensor,
+        weight: LinearWeight,
+        gate_up_tn: Tensor,
+        out_tf: Tensor,
+        *,
+        bias_n: Tensor | None = None,
+    ) -> None:
+        """See `kernels.base.Kernels.linear_silu_mul`."""
+        self.linear(x_tk, weight, gate_up_tn, bias_n=bias_n)
+        self.silu_mul(gate_up_tn, out_tf)
 
     def embed(self, token_ids_t: Tensor, table: LinearWeight, out_td: Tensor) -> None:
         """See `kernels.base.Kernels.embed`."""
@@ -97,10 +121,11 @@ class ReferenceKernels:
         k_wide = k.float() if k_norm_e is None else _rms_normed(k, k_norm_e, eps)
         q.copy_(_rotated(q_wide, cos, sin))
         page_tokens = kv_layer.shape[3]
-        slots = kv_slots_t.long()
+        real = kv_slots_t >= 0
+        slots = kv_slots_t[real].long()
         pages, offsets = slots // page_tokens, slots % page_tokens
-        kv_layer[pages, 0, :, offsets] = _rotated(k_wide, cos, sin).to(kv_layer.dtype)
-        kv_layer[pages, 1, :, offsets] = v.to(kv_layer.dtype)
+        kv_layer[pages, 0, :, offsets] = _rotated(k_wide, cos, sin)[real].to(kv_layer.dtype)
+        kv_layer[pages, 1, :, offsets] = v[real].to(kv_layer.dtype)
 
     def attention(
         self,

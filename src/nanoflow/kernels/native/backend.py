@@ -7,6 +7,7 @@ releases the interpreter lock. Inputs may be row or column slices of larger buff
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class NativeKernels:
     """Implements `kernels.base.Kernels` on CPUs for one element type, float32 or bfloat16."""
 
     name = "native"
+    capturable = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         """Raises `build.BuildError` if the kernels cannot be compiled here."""
@@ -57,6 +59,14 @@ class NativeKernels:
         packed = self._arena.empty(self._c.packed_size(n, k), self._dtype)
         self._c.pack(source.data_ptr(), n, k, packed.data_ptr())
         return LinearWeight(n, k, self._dtype, PackedWeight(packed, packed.data_ptr()))
+
+    def gate_up_weight(self, weight_nk: Tensor) -> LinearWeight:
+        """Repack into panels, gate rows first."""
+        return self.linear_weight(weight_nk)
+
+    def expert_weights(self, weights: Iterable[Tensor], n_experts: int, *, gate_up: bool) -> tuple[LinearWeight, ...]:
+        """Repack each into panels."""
+        return tuple(self.linear_weight(weight) for weight in weights)
 
     def linear(
         self,
@@ -89,6 +99,19 @@ class NativeKernels:
             out_tn.stride(0),
             flags,
         )
+
+    def linear_silu_mul(
+        self,
+        x_tk: Tensor,
+        weight: LinearWeight,
+        gate_up_tn: Tensor,
+        out_tf: Tensor,
+        *,
+        bias_n: Tensor | None = None,
+    ) -> None:
+        """See `kernels.base.Kernels.linear_silu_mul`."""
+        self.linear(x_tk, weight, gate_up_tn, bias_n=bias_n)
+        self.silu_mul(gate_up_tn, out_tf)
 
     def embed(self, token_ids_t: Tensor, table: LinearWeight, out_td: Tensor) -> None:
         """See `kernels.base.Kernels.embed`."""
