@@ -20,7 +20,6 @@ from nanoflow.core.hardware_presets import HARDWARE
 from nanoflow.core.model_spec import DTYPE_BYTES
 from nanoflow.core.stats import WorkDone
 from nanoflow.engine.build import Engine
-from nanoflow.profiling.machine import measure_rates
 
 DONE, STEADY = "work done", "steady state of the workload"
 
@@ -37,8 +36,7 @@ def preset_of(device_name: str) -> HardwareSpec | None:
 
 def rates_of(engine: Engine) -> MachineRates:
     """Measured rates of the engine's device (kept after the first time), with its preset's energies if it has one."""
-    config = engine.config
-    rates = measure_rates(engine.device.kind, config.model.dtype, config.device.threads)
+    rates = engine.rates
     preset = preset_of(engine.device.name) if engine.device.kind == "cuda" else None
     if preset is None or rates.power_budget_w is not None or rates.dtype not in preset.peak_flops:
         return rates

@@ -13,7 +13,7 @@ import numpy as np
 from nanoflow.bench import environment
 from nanoflow.bench.bounds import bounds_of_run, rates_of
 from nanoflow.bench.numbers import energy_of, over_runs, rounded, throughput_numbers
-from nanoflow.bench.optimes import trace_plans
+from nanoflow.bench.optimes import trace_plans, tracing
 from nanoflow.bench.result import BenchKind, BenchResult, Column, IterationTrace, Run, Series
 from nanoflow.bench.session import OnProgress, Record, make_sequences, run_sequences
 from nanoflow.bench.workloads import RequestSet
@@ -22,7 +22,6 @@ from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.engine.build import Engine, build_engine
-from nanoflow.executor.executor import Executor
 
 WARM_UP_SEED = 0x3A53
 
@@ -141,11 +140,11 @@ def request_columns(record: Record) -> dict[str, Column]:
 
 
 def traced(engine: Engine, plans: list[BatchPlan], rates: MachineRates) -> IterationTrace | None:
-    """Where an iteration's time goes; None for a launcher that is no executor of this process."""
-    launcher = engine.core.launcher
-    if not isinstance(launcher, Executor):
+    """Where an iteration's time goes; None for a launcher that cannot tell."""
+    executor = tracing(engine.core.launcher)
+    if executor is None:
         return None
-    return trace_plans(launcher, plans, engine.spec, engine.config.model.dtype, rates)
+    return trace_plans(executor, plans, engine.spec, engine.config.model.dtype, rates)
 
 
 def _telling(number: int, runs: int, on_progress: OnProgress | None) -> OnProgress | None:

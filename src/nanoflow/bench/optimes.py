@@ -6,8 +6,10 @@ keys and values of nobody, so it must be the last thing an engine does.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -19,13 +21,25 @@ from nanoflow.core.batch import BatchPlan
 from nanoflow.core.hardware import MachineRates
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import Op
-from nanoflow.executor.executor import Executor
+from nanoflow.engine.core import Launcher, Pending
 from nanoflow.executor.timeline import Span, Tracer
 
 HEAD = "head"
 WARM_UP = 1
 FLOOR_OPS = {HEAD: (Op.LM_HEAD, Op.SAMPLE)}
 """Labels of the program that stand for other operations of the cost model than their own name."""
+
+
+class TracingLauncher(Protocol):
+    """What tracing needs of an executor."""
+
+    def launch(self, plan: BatchPlan, tracer: Tracer | None = None) -> Pending: ...
+
+
+def tracing(launcher: Launcher) -> TracingLauncher | None:
+    """The launcher, if it can trace an iteration (one that hands plans to other processes cannot)."""
+    can = "tracer" in inspect.signature(launcher.launch).parameters
+    return cast(TracingLauncher, launcher) if can else None
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Traced:
 
 
 def trace_plans(
-    executor: Executor, plans: Sequence[BatchPlan], spec: ModelSpec, dtype: str, rates: MachineRates
+    executor: TracingLauncher, plans: Sequence[BatchPlan], spec: ModelSpec, dtype: str, rates: MachineRates
 ) -> IterationTrace | None:
     """Run each plan with a tracer (the first once more, to warm up); None without plans. The engine must be idle."""
     if not plans:
@@ -98,7 +112,7 @@ def _floors_us(plan: BatchPlan, spec: ModelSpec, dtype: str, rates: MachineRates
     return found
 
 
-def _run(executor: Executor, plan: BatchPlan) -> Traced:
+def _run(executor: TracingLauncher, plan: BatchPlan) -> Traced:
     tracer = Tracer()
     executor.launch(plan, tracer).result()
     return Traced(plan, tracer.spans())
