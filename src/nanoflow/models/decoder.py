@@ -128,8 +128,7 @@ class Decoder:
         acts, w = nano.acts, self.weights.layers[layer]
         assert w.gate_up is not None
         self.kernels.rms_norm(acts.x_td, w.ffn_norm_d, self.spec.norm_eps, acts.h_td)
-        self.kernels.linear(acts.h_td, w.gate_up, acts.gate_up_tn, bias_n=w.gate_up_bias_n)
-        self.kernels.silu_mul(acts.gate_up_tn, acts.act_tf)
+        self.kernels.linear_silu_mul(acts.h_td, w.gate_up, acts.gate_up_tn, acts.act_tf, bias_n=w.gate_up_bias_n)
 
     def down(self, layer: int, nano: NanoBatch) -> None:
         """Down projection, added to the residual stream."""

@@ -76,16 +76,19 @@ class _Reader:
 
     def linear(self, parts: list[tuple[str, int]], width: int) -> LinearWeight:
         """Parts (name, rows) stacked by rows, each (rows, width)."""
+        return self.kernels.linear_weight(self.fused(parts, width))
+
+    def fused(self, parts: list[tuple[str, int]], width: int) -> Tensor:
+        """The same as a plain tensor."""
         if len(parts) == 1:
             name, rows = parts[0]
-            fused = self._read(name, (rows, width)).to(self.device, self.dtype)
-            return self.kernels.linear_weight(fused)
+            return self._read(name, (rows, width)).to(self.device, self.dtype)
         fused = torch.empty(sum(rows for _, rows in parts), width, dtype=self.dtype, device=self.device)
         start = 0
         for name, rows in parts:
             fused[start : start + rows].copy_(self._read(name, (rows, width)))
             start += rows
-        return self.kernels.linear_weight(fused)
+        return fused
 
     def bias(self, parts: list[tuple[str, int]]) -> Tensor:
         return torch.cat([self.vector(name, rows) for name, rows in parts])
@@ -106,7 +109,11 @@ def _load_layer(spec: ModelSpec, reader: _Reader, number: int) -> LayerWeights:
         o=reader.linear([(f"{attn}.o_proj.weight", spec.d_model)], spec.d_q),
         o_bias_d=reader.vector(f"{attn}.o_proj.bias", spec.d_model) if spec.o_bias else None,
         ffn_norm_d=reader.vector(f"{base}.post_attention_layernorm.weight", spec.d_model),
-        gate_up=None if moe else reader.linear([(f"{name}.weight", rows) for name, rows in gate_up], spec.d_model),
+        gate_up=None
+        if moe
+        else reader.kernels.gate_up_weight(
+            reader.fused([(f"{name}.weight", rows) for name, rows in gate_up], spec.d_model)
+        ),
         gate_up_bias_n=reader.bias([(f"{name}.bias", rows) for name, rows in gate_up])
         if spec.mlp_bias and not moe
         else None,
@@ -118,16 +125,17 @@ def _load_layer(spec: ModelSpec, reader: _Reader, number: int) -> LayerWeights:
 
 def _load_experts(spec: ModelSpec, reader: _Reader, base: str) -> ExpertWeights:
     assert spec.experts is not None
-    width = spec.experts.d_ff
-    names = [f"{base}.experts.{number}" for number in range(spec.experts.n_experts)]
-    gate_up = [
-        reader.linear([(f"{name}.gate_proj.weight", width), (f"{name}.up_proj.weight", width)], spec.d_model)
+    width, n_experts = spec.experts.d_ff, spec.experts.n_experts
+    names = [f"{base}.experts.{number}" for number in range(n_experts)]
+    gate_up = (
+        reader.fused([(f"{name}.gate_proj.weight", width), (f"{name}.up_proj.weight", width)], spec.d_model)
         for name in names
-    ]
+    )
+    down = (reader.fused([(f"{name}.down_proj.weight", spec.d_model)], width) for name in names)
     return ExpertWeights(
-        router=reader.linear([(f"{base}.gate.weight", spec.experts.n_experts)], spec.d_model),
-        gate_up=tuple(gate_up),
-        down=tuple(reader.linear([(f"{name}.down_proj.weight", spec.d_model)], width) for name in names),
+        router=reader.linear([(f"{base}.gate.weight", n_experts)], spec.d_model),
+        gate_up=reader.kernels.expert_weights(gate_up, n_experts, gate_up=True),
+        down=reader.kernels.expert_weights(down, n_experts, gate_up=False),
         n_active=spec.experts.n_active,
         normalise=spec.experts.normalise,
     )
