@@ -177,7 +177,8 @@ def bucket_sizes(dense_batch: int, step: int = 128) -> list[int]:
     """Rising sizes up to `dense_batch`: powers of two up to `step`, then multiples of it, coarser above 16 of them."""
     small = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < min(step, dense_batch)]
     coarse = max(step, -(-dense_batch // 16 // step) * step)
-    return [*small, *range(step, dense_batch, coarse), dense_batch] if dense_batch > step else [*small, dense_batch]
+    between = range(step, min(coarse, dense_batch), step)
+    return [*small, *between, *range(coarse, dense_batch, coarse), dense_batch]
 
 
 def slice_rows(slices: Sequence[tuple[int, int]], dense_batch: int, n_tokens: int) -> list[tuple[int, int]]:
