@@ -26,6 +26,7 @@ Lengths: TypeAlias = npt.NDArray[np.int64]
 DEFAULT_LONGEST = 8192
 """Longest prompt or answer of the built-in workloads; their means and deviations hold with it."""
 BISECTIONS = 60
+LONG_TAIL = 100
 NORMAL = NormalDist()
 
 
@@ -72,7 +73,9 @@ class LogNormal:
 
     def sample(self, n: int, rng: np.random.Generator) -> Lengths:
         mu, sigma = fit_capped_log_normal(self.mean, self.deviation, self.longest)
-        uniform = (np.arange(n) + rng.random(n)) / n
+        within = rng.random(n)
+        within[n - max(1, n // LONG_TAIL) :] = 0.5  # where one draw would decide the deviation, take the slice's middle
+        uniform = (np.arange(n) + within) / n
         normal = np.array([NORMAL.inv_cdf(u) for u in np.clip(uniform, 1e-12, 1 - 1e-12).tolist()])
         lengths = np.rint(np.exp(mu + sigma * normal)).clip(1, self.longest).astype(np.int64)
         rng.shuffle(lengths)
