@@ -1,0 +1,1 @@
+"""The kernels in Triton for NVIDIA GPUs. Importing this package does not import Triton; its modules do."""

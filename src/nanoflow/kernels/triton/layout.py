@@ -1,0 +1,55 @@
+"""How the Triton backend lays out the KV cache, and the block shapes of its attention kernels: shared by all of them.
+
+A layer's KV cache is one tensor (n_pages, 2, n_kv_heads, page_tokens, head_dim), keys then values. Head-major, so that
+the keys of one head in one page are contiguous (4 KiB for 16 tokens of 128 bf16 values) and are fetched in one piece.
+The planners (`work_lists`) and the kernels must agree on the block shapes, so these stand here, free of Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def kv_shape(n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int) -> tuple[int, int, int, int, int]:
+    """Shape of one layer's KV cache."""
+    return n_pages, 2, n_kv_heads, page_tokens, head_dim
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """One decode launch: `keys` a step, warps a block, software pipeline depth, resident blocks a multiprocessor."""
+
+    keys: int
+    warps: int
+    stages: int
+    blocks_per_sm: int
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """One prefill launch: `rows` (queries × heads of a KV head) and `keys` a step, warps, stages, blocks a SM."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    blocks_per_sm: int
+
+
+def padded(n: int) -> int:
+    """The power of two that a kernel's block needs to hold `n`, at least 16 (the matrix units' smallest side)."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def decode_shape(head_dim: int) -> DecodeShape:
+    """The measured choice for a head dimension (`benchmarks/cuda_attention.py` sweeps them)."""
+    if padded(head_dim) >= 256:
+        return DecodeShape(keys=32, warps=4, stages=2, blocks_per_sm=3)
+    return DecodeShape(keys=64, warps=4, stages=2, blocks_per_sm=4)
+
+
+def prefill_shape(head_dim: int) -> PrefillShape:
+    """The measured choice for a head dimension (`benchmarks/cuda_attention.py` sweeps them)."""
+    if padded(head_dim) >= 256:
+        return PrefillShape(rows=128, keys=32, warps=8, stages=2, blocks_per_sm=1)
+    return PrefillShape(rows=128, keys=64, warps=8, stages=3, blocks_per_sm=1)
