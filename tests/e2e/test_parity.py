@@ -9,29 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanoflow.core.batch import LogprobArrays, SamplingPlan
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.build import Engine
-from nanoflow.engine.sampler import LogitsSampler
-from nanoflow.executor.executor import Executor
-from tests.e2e.tiny_models import ARCHITECTURES, BACKENDS, make_tiny_engine, prompt_of, run, save_tiny_model
-
-
-class RecordingSampler(LogitsSampler):
-    """Keeps the logits of every prompt position and of every sampled token."""
-
-    def __init__(self, inner: LogitsSampler) -> None:
-        self.__dict__.update(inner.__dict__)
-        self.scored: list[Tensor] = []
-        self.sampled: list[tuple[int, Tensor]] = []
-
-    def sample(self, logits_sv: Tensor, plan: SamplingPlan, tokens_s: Tensor) -> LogprobArrays | None:
-        self.sampled += [(int(slot), row) for slot, row in zip(plan.slots, logits_sv.clone(), strict=True)]
-        return super().sample(logits_sv, plan, tokens_s)
-
-    def score(self, logits_lv: Tensor, target_ids: Tensor, n_top: int) -> LogprobArrays:
-        self.scored.append(logits_lv.clone())
-        return super().score(logits_lv, target_ids, n_top)
+from tests.e2e.tiny_models import (
+    ARCHITECTURES,
+    BACKENDS,
+    RecordingSampler,
+    make_tiny_engine,
+    prompt_of,
+    record_logits,
+    run,
+    save_tiny_model,
+)
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
@@ -43,11 +32,7 @@ def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def make_engine(folder: Path, kernels: str, **options: Any) -> tuple[Engine, RecordingSampler]:
     engine = make_tiny_engine(folder, kernels, **options)
-    executor = engine.core._launcher
-    assert isinstance(executor, Executor)
-    recorder = RecordingSampler(executor.sampler)  # type: ignore[arg-type]
-    executor.sampler = recorder
-    return engine, recorder
+    return engine, record_logits(engine)
 
 
 def reference_logits(model: Any, tokens: list[int]) -> Tensor:

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from nanoflow.core.batch import LogprobArrays, SamplingPlan
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.build import Engine, build_engine
+from nanoflow.engine.sampler import LogitsSampler
 from nanoflow.kernels.registry import available
 
 VOCAB = 320
@@ -84,10 +87,34 @@ def save_tiny_model(name: str, folder: Path) -> Any:
 
 
 def make_tiny_engine(folder: Path, kernels: str, **options: Any) -> Engine:
-    """A float32 engine with the byte tokenizer and 4 MiB of KV memory unless `options` say otherwise."""
-    options = {"dtype": "float32", "kv_memory_bytes": 1 << 22, **options}
+    """A float32 engine on the CPU with the byte tokenizer and 4 MiB of KV memory unless `options` say otherwise."""
+    options = {"dtype": "float32", "kv_memory_bytes": 1 << 22, "device": "cpu", **options}
     config = EngineConfig.from_options(model=str(folder), tokenizer="bytes", kernels=kernels, **options)
     return build_engine(config, show_progress=False)
+
+
+class RecordingSampler(LogitsSampler):
+    """Keeps the logits of every prompt position and of every sampled token."""
+
+    def __init__(self, inner: LogitsSampler) -> None:
+        self.__dict__.update(inner.__dict__)
+        self.scored: list[Tensor] = []
+        self.sampled: list[tuple[int, Tensor]] = []
+
+    def sample(self, logits_sv: Tensor, plan: SamplingPlan, tokens_s: Tensor) -> LogprobArrays | None:
+        self.sampled += [(int(slot), row) for slot, row in zip(plan.slots, logits_sv.clone(), strict=True)]
+        return super().sample(logits_sv, plan, tokens_s)
+
+    def score(self, logits_lv: Tensor, target_ids: Tensor, n_top: int) -> LogprobArrays:
+        self.scored.append(logits_lv.clone())
+        return super().score(logits_lv, target_ids, n_top)
+
+
+def record_logits(engine: Engine) -> RecordingSampler:
+    """From now on keep what this engine's sampler sees."""
+    head = engine.core.launcher.head  # type: ignore[attr-defined]
+    head.sampler = RecordingSampler(head.sampler)
+    return head.sampler  # type: ignore[no-any-return]
 
 
 def run(engine: Engine, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:

@@ -99,7 +99,7 @@ class CapturedExecutor:
         for buffer in vars(self._activations).values():
             buffer.zero_()
         self._last_tokens = torch.zeros(n_slots + 1, dtype=torch.int32, device=where)
-        self._block_head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
+        self.head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
         self._program = build_program(pipeline, graph, decoder, self._prologue, _nothing)
         self._head_program = Program((Launch("head", 0, self._sample, 0),), 0)
         self._sizes = bucket_sizes(pipeline.dense_batch)
@@ -193,8 +193,8 @@ class CapturedExecutor:
 
     def _finish_in_blocks(self, plan: BatchPlan) -> CapturedInFlight:
         with torch.no_grad(), torch.cuda.stream(self.device.main):
-            prompt = None if plan.prompt_logprobs is None else self._block_head.score(plan.prompt_logprobs)
-            tokens, logprobs = self._block_head.sample(plan.sampling)
+            prompt = None if plan.prompt_logprobs is None else self.head.score(plan.prompt_logprobs)
+            tokens, logprobs = self.head.sample(plan.sampling)
         flying = self._returning(plan, tokens)
         flying._logprobs, flying._prompt = logprobs, prompt
         return flying

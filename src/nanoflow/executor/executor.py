@@ -58,7 +58,6 @@ class Executor:
         self.pipeline = pipeline
         self.decoder = decoder
         self.device = device
-        self.sampler = sampler
         where = device.torch_device
         self._slices = pipeline.slices
         self._activations = Activations.allocate(
@@ -66,7 +65,7 @@ class Executor:
         )
         self._stager = Stager(self._activations, where)
         self._last_tokens = torch.zeros(n_slots, dtype=torch.int32, device=where)
-        self._head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
+        self.head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
         device.open_lanes([(lane.name, lane.share) for lane in pipeline.lanes])
         self._program = build_program(pipeline, graph, decoder, self._prologue, self._epilogue)
 
@@ -96,6 +95,6 @@ class Executor:
 
     def _epilogue(self, whole: _WholeBatch) -> None:
         plan = whole.plan
-        prompt = None if plan.prompt_logprobs is None else self._head.score(plan.prompt_logprobs)
-        tokens, logprobs = self._head.sample(plan.sampling)
+        prompt = None if plan.prompt_logprobs is None else self.head.score(plan.prompt_logprobs)
+        tokens, logprobs = self.head.sample(plan.sampling)
         whole.result = BatchResult(tokens.cpu().numpy(), logprobs, prompt)

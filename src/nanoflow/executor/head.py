@@ -40,7 +40,7 @@ class BlockHead:
 
     def __init__(self, decoder: Decoder, sampler: Sampler, x_td: Tensor, last_tokens: Tensor) -> None:
         self._decoder = decoder
-        self._sampler = sampler
+        self.sampler = sampler
         self._x_td = x_td
         self._last_tokens = last_tokens
         self._logits = torch.empty(LOGIT_ROWS, decoder.spec.vocab_size, dtype=torch.float32, device=x_td.device)
@@ -49,13 +49,13 @@ class BlockHead:
         """A token (int32) a row of the plan, and log-probabilities if any row asks."""
         n_rows = len(plan.token_rows)
         tokens = torch.empty(n_rows, dtype=torch.int32, device=self._last_tokens.device)
-        self._sampler.begin(plan)
+        self.sampler.begin(plan)
         parts: list[LogprobArrays | None] = []
         for start in range(0, n_rows, LOGIT_ROWS):
             stop = min(start + LOGIT_ROWS, n_rows)
             part = plan if stop - start == n_rows else plan.rows(start, stop)
             logits = self._logits_of(part.token_rows)
-            parts.append(self._sampler.sample(logits, part, tokens[start:stop]))
+            parts.append(self.sampler.sample(logits, part, tokens[start:stop]))
         if n_rows:
             self._last_tokens.index_copy_(0, self._tensor(plan.slots).long(), tokens)
         return tokens, _joined(parts)
@@ -66,7 +66,7 @@ class BlockHead:
 
         def block(start: int) -> LogprobArrays:
             part = slice(start, start + LOGIT_ROWS)
-            return self._sampler.score(
+            return self.sampler.score(
                 self._logits_of(plan.token_rows[part]), self._tensor(plan.target_ids[part]), n_top
             )
 

@@ -1,0 +1,136 @@
+"""The engine on a GPU: its logits against transformers', and what batches, recordings and sizes must not change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nanoflow.core.sampling import SamplingParams
+from tests.e2e.tiny_models import ARCHITECTURES, make_tiny_engine, prompt_of, record_logits, run, save_tiny_model
+
+pytestmark = pytest.mark.cuda
+
+LENGTHS = (1, 2, 15, 16, 17, 33, 40, 130)
+RECORDED = SamplingParams(temperature=0, max_tokens=6, logprobs=0)
+PLAIN = SamplingParams(temperature=0, max_tokens=6)
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A saved random model of one architecture, and transformers' own instance of it (float32, on the CPU)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, save_tiny_model(request.param, folder)
+
+
+def logits_of(model: Any, tokens: list[int], dtype: torch.dtype) -> Tensor:
+    """transformers' logits, computed in `dtype`, as float32."""
+    with torch.no_grad():
+        return model.to(dtype)(torch.tensor([tokens])).logits[0].float()  # type: ignore[no-any-return]
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """‖found - wanted‖ / ‖wanted‖."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def engine_of(folder: Path, **options: Any) -> Any:
+    return make_tiny_engine(folder, "triton", **{"device": "cuda", "dtype": "bfloat16", **options})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dense_batch", [512, 24], ids=["whole", "chunked"])
+def test_logits_are_as_good_as_transformers(tiny_model: tuple[Path, Any], dtype: str, dense_batch: int) -> None:
+    """Our error against float32 is at most 1.5 times that of transformers in the same precision."""
+    folder, model = tiny_model
+    engine = engine_of(folder, dtype=dtype, dense_batch=dense_batch)
+    recorder = record_logits(engine)
+    prompts = [prompt_of(length, seed=length) for length in LENGTHS]
+    outputs = run(engine, prompts, RECORDED)
+    ours, theirs, exact = [], [], []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = prompt + output[:-1]
+        exact.append(logits_of(model, tokens, torch.float32)[len(prompt) - 1 :])
+        theirs.append(logits_of(model, tokens, getattr(torch, dtype))[len(prompt) - 1 :])
+        model.float()
+    rows = torch.stack([row.cpu() for _, row in recorder.sampled])
+    for wanted in torch.cat(exact):  # rows come in order of the batches: look each up by nearness
+        ours.append(rows[(rows - wanted).norm(dim=1).argmin()])
+    engine.device.close()
+    error = relative(torch.stack(ours), torch.cat(exact))
+    assert error <= 1.5 * relative(torch.cat(theirs), torch.cat(exact)) + 1e-3, error
+
+
+def test_the_recorded_path_gives_the_same_tokens(tiny_model: tuple[Path, Any]) -> None:
+    """Fused sampling on 16-bit logits and block-wise on float32 ones differ at most where two logits nearly tie."""
+    folder, model = tiny_model
+    engine = engine_of(folder, dense_batch=64)
+    prompts = [prompt_of(length, seed=length) for length in LENGTHS]
+    fused = run(engine, prompts, PLAIN)
+    engine.device.close()
+    for prompt, output in zip(prompts, fused, strict=True):
+        exact = logits_of(model, prompt + output[:-1], torch.float32)[len(prompt) - 1 :]
+        chosen = exact.gather(1, torch.tensor(output)[:, None])[:, 0]
+        assert bool((exact.max(dim=1).values - chosen <= 0.05 * exact.abs().max()).all())
+
+
+def test_company_changes_little(tiny_model: tuple[Path, Any]) -> None:
+    """A request alone, and among others in a full batch: logits agree within the precision's error."""
+    folder, model = tiny_model
+    prompt = prompt_of(33, seed=5)
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
+
+    def row_of(others: int) -> Tensor:
+        engine = engine_of(folder, dense_batch=512)
+        recorder = record_logits(engine)
+        run(engine, [prompt, *(prompt_of(20 + n, seed=n) for n in range(others))], params)
+        exact = logits_of(model, prompt, torch.float32)[-1]
+        rows = torch.stack([row.cpu() for _, row in recorder.sampled])
+        engine.device.close()
+        return rows[(rows - exact).norm(dim=1).argmin()]
+
+    alone, crowded = row_of(0), row_of(15)
+    exact = logits_of(model, prompt, torch.float32)[-1]
+    theirs = relative(logits_of(model, prompt, torch.bfloat16)[-1], exact)
+    model.float()
+    assert relative(crowded, alone) <= 2 * theirs + 1e-3
+
+
+def test_seeds_hold_whatever_else_runs(tmp_path: Path) -> None:
+    """The same seed gives the same tokens alone and in company, temperature 1 (ties in logits aside)."""
+    save_tiny_model("llama2-mha", tmp_path)
+    engine = engine_of(tmp_path, dense_batch=256)
+    params = [SamplingParams(temperature=1.0, max_tokens=12, seed=n, ignore_eos=True) for n in range(24)]
+    prompts = [prompt_of(5 + n, seed=n) for n in range(24)]
+    together = run(engine, prompts, params)
+    alone = [run(engine, [prompt], [one])[0] for prompt, one in zip(prompts, params, strict=True)]
+    engine.device.close()
+    equal = np.mean([a == b for a, b in zip(together, alone, strict=True)])
+    assert equal >= 0.8, "rounding may turn a near tie now and then, not more"
+
+
+def test_sampling_options_and_preemption_work(tmp_path: Path) -> None:
+    """Penalties, top-k, top-p, biases and log-probabilities beside plain rows; and too little KV memory for all."""
+    save_tiny_model("llama3-scaled", tmp_path)
+    engine = engine_of(tmp_path, dense_batch=64, kv_memory_bytes=1 << 18, max_model_len=128)
+    params = [
+        SamplingParams(temperature=1.0, top_k=1, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=1.0, top_p=1e-6, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=0.0, frequency_penalty=2.0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=0.0, logit_bias={7: 100.0}, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=0.0, logprobs=2, max_tokens=40, ignore_eos=True),
+    ]
+    prompt = prompt_of(60, seed=3)
+    outputs = run(engine, [prompt] * len(params), params)
+    greedy = outputs[1]
+    assert [len(output) for output in outputs] == [40] * len(params)
+    assert outputs[0][:4] == greedy[:4] and outputs[2][:4] == greedy[:4]
+    assert outputs[4] == [7] * 40
+    assert len(set(outputs[3])) > len(set(greedy)), "penalised tokens repeat less"
+    assert engine.core.stats().preemptions > 0, "the KV memory was meant to be too small"
+    engine.device.close()
