@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "nanoflow"
 LAYERS = [
     *("core", "analysis", "pipeline", "search", "device", "kernels", "distributed", "text", "kvcache"),
-    *("models", "executor", "profiling", "engine", "server", "scaleout", "bench", "cli"),
+    *("models", "executor", "profiling", "engine", "batch", "server", "scaleout", "bench", "cli"),
 ]
-TORCH_FREE = ("core", "analysis", "pipeline", "search", "text")
+TORCH_FREE = ("core", "analysis", "pipeline", "search", "text", "batch")
 TORCH_FREE_ON_IMPORT = (*TORCH_FREE, "cli")
 MAX_LINES = 400
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

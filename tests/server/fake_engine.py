@@ -116,7 +116,9 @@ class FakeEngine:
     def active(self) -> list[FakeStream]:
         return [stream for stream in self.streams if stream.task is not None and not stream.task.done()]
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None = None) -> FakeStream:
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None = None, *, whole: bool = False
+    ) -> FakeStream:
         assert not isinstance(prompt, str), "the server tokenises"
         assert params.max_tokens is not None
         if self.refusing:

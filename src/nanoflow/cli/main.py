@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nanoflow import __version__
-from nanoflow.cli import analyze, bench, chat, doctor, generate, models, pipeline, profile, search, serve, tune
+from nanoflow.cli import analyze, batch, bench, chat, doctor, generate, models, pipeline, profile, search, serve, tune
 from nanoflow.cli.parser import SentenceParser
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError, NanoflowError
@@ -41,6 +41,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "generate": generate,
+    "batch": batch,
     "chat": chat,
     "serve": serve,
     "models": models,

@@ -23,7 +23,7 @@ from nanoflow.core.sampling import SamplingParams
 from nanoflow.core.stats import EngineStats, WorkDone
 from nanoflow.engine.build import Engine, build_engine
 from nanoflow.engine.core import InFlightBatch
-from nanoflow.engine.outputs import ends_with_hidden_stop_id, labelled, labelled_all, request_metrics
+from nanoflow.engine.outputs import completion_output, ends_with_hidden_stop_id, labelled, labelled_all, request_metrics
 from nanoflow.engine.sequence import Sequence, TokenEvent
 from nanoflow.engine.submission import Prompt
 from nanoflow.engine.text_stream import TextStream
@@ -80,6 +80,9 @@ class RequestStream:
     def _next_delta(self) -> OutputDelta:
         """One delta from the leading run of events that belong to the same choice."""
         sequence = self._pending[0].sequence
+        if not sequence.streaming:
+            self._pending.popleft()
+            return self._whole_delta(sequence)
         events = [self._pending.popleft()]
         while self._pending and self._pending[0].sequence is sequence:
             events.append(self._pending.popleft())
@@ -102,6 +105,16 @@ class RequestStream:
             delta.prompt_logprobs = labelled_all(self._sequences[0].prompt_logprobs, self._engine.tokenizer)
         return delta
 
+    def _whole_delta(self, sequence: Sequence) -> OutputDelta:
+        """All of a choice that was not streamed."""
+        self._open -= 1
+        output = completion_output(sequence, self._engine.tokenizer)
+        delta = OutputDelta(self.request_id, output.index, output.text, output.token_ids, output.logprobs)
+        delta.finish_reason, delta.stop_reason, delta.error = output.finish_reason, output.stop_reason, sequence.error
+        if output.index == 0:
+            delta.prompt_logprobs = labelled_all(sequence.prompt_logprobs, self._engine.tokenizer)
+        return delta
+
     def _text_of(self, sequence: Sequence, events: list[TokenEvent], token_ids: list[int]) -> str:
         if sequence.stop_watch is not None:
             return "".join(event.text or "" for event in events)
@@ -117,6 +130,7 @@ class AsyncLLM:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._streams: dict[Sequence, RequestStream] = {}
+        self._ended: deque[Sequence] = deque()  # those that are not streamed; only the engine thread touches it
         self._wake = threading.Condition()
         self._stopping = False
         self._draining = False
@@ -165,9 +179,12 @@ class AsyncLLM:
         """Whether new requests are taken."""
         return self._dead is None and not self._draining
 
-    def submit(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> RequestStream:
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, whole: bool = False
+    ) -> RequestStream:
         """Check and queue a request; must be called in a running event loop.
 
+        With `whole` each choice comes as one delta at its end, which spares the event loop the work of every token.
         Raises `InvalidRequestError`, `QueueFullError` or `EngineDeadError` at once.
         """
         core, limit = self._engine.core, self.config.scheduler.max_queued
@@ -178,12 +195,13 @@ class AsyncLLM:
             )
         submission = self._engine.submission
         ids = submission.prompt_ids(prompt)
-        sequences = submission.sequences(ids, params, request_id=request_id, streaming=True)
+        sequences = submission.sequences(ids, params, request_id=request_id, streaming=not whole)
         stream = RequestStream(self, sequences, asyncio.get_running_loop())
         with self._wake:
             self._check_healthy()
             for sequence in sequences:
                 self._streams[sequence] = stream
+                sequence.on_end = self._ended.append if whole else None
                 core.add(sequence)
             self._wake.notify()
         return stream
@@ -263,15 +281,23 @@ class AsyncLLM:
                     if self._stopping and not core.has_work:
                         break
                 in_flight = core.step(in_flight)
-                self._publish(core.take_events())
+                self._publish(self._take_events())
         except BaseException as error:
             _log.exception("the engine has stopped")
             with self._wake:  # so that no request is queued after the others were failed
                 self._dead = f"the engine has stopped ({type(error).__name__}: {error}); restart the server."
                 core.fail_all(self._dead)
-            self._publish(core.take_events())
+            self._publish(self._take_events())
         finally:
             self._engine.device.close()
+
+    def _take_events(self) -> list[TokenEvent]:
+        """What streams have to hear: tokens of the streamed sequences, the end of the others."""
+        events = self._engine.core.take_events()
+        while self._ended:
+            sequence = self._ended.popleft()
+            events.append(TokenEvent(sequence, None, None, None, sequence.finish_reason))
+        return events
 
     def _publish(self, events: list[TokenEvent]) -> None:
         """Hand events to the event loops that wait for them, one call a loop."""

@@ -7,6 +7,7 @@ matters when it is admitted, streamed or finished.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
@@ -66,6 +67,7 @@ class Sequence:
         self.slot: int | None = None
         self.n_scored = 0  # prompt positions whose log-probability is on its way or here
         self.n_computed = 0  # tokens whose KV was computed before the last preemption
+        self.on_end: Callable[[Sequence], None] | None = None  # told once, when nothing will be added any more
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
@@ -80,6 +82,8 @@ class Sequence:
         if self.finish_reason is None:
             self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
             self.finished_s = time.monotonic()
+            if self.on_end is not None:
+                self.on_end(self)
 
 
 def token_logprobs(arrays: LogprobArrays, row: int, token: int, n_top: int) -> TokenLogprobs:

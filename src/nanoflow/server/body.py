@@ -6,13 +6,13 @@ The body is read in chunks and refused as soon as it exceeds the limit, with or 
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from starlette.types import Receive, Scope
 
 from nanoflow.server.config import ServerConfig
-from nanoflow.server.errors import ApiError, ClientGoneError, bad_request
+from nanoflow.server.errors import ApiError, ClientGoneError
+from nanoflow.text.json_input import parse_object
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -24,7 +24,7 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 async def read_json_object(scope: Scope, receive: Receive, config: ServerConfig) -> dict[str, Any]:
-    """The request's JSON object. Raises `ApiError` (400, 408, 413, 415) or `ClientGoneError`."""
+    """The request's JSON object. Raises `ApiError` (408, 413, 415), `InvalidRequestError` or `ClientGoneError`."""
     _check_content_type(scope)
     _check_content_length(scope, config.max_body_bytes)
     try:
@@ -34,7 +34,7 @@ async def read_json_object(scope: Scope, receive: Receive, config: ServerConfig)
         raise ApiError(
             408, f"The request body did not arrive within {config.receive_timeout_s:g} s; send it faster."
         ) from None
-    return _parse(raw)
+    return parse_object(raw, "The request body")
 
 
 def _check_content_type(scope: Scope) -> None:
@@ -71,44 +71,3 @@ async def _read(receive: Receive, limit: int) -> bytes:
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    if not raw.strip():
-        raise bad_request("The request body is empty; send a JSON object.")
-    try:
-        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
-        if b"\\ud" in raw or b"\\uD" in raw:
-            value = _without_lone_surrogates(value)
-    except UnicodeDecodeError:
-        raise bad_request("The request body is not UTF-8; encode it as UTF-8.") from None
-    except json.JSONDecodeError as exc:
-        raise bad_request(
-            f"The request body is not valid JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}."
-        ) from None
-    except RecursionError:
-        raise bad_request("The JSON in the request body is nested too deeply; flatten it.") from None
-    except ValueError as exc:
-        raise bad_request(f"The request body is not valid JSON: {exc}.") from None
-    if not isinstance(value, dict):
-        raise bad_request('The request body must be a JSON object, e.g. {"model": ...}.')
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number; send a finite one")
-
-
-def well_formed(text: str) -> str:
-    """`text` with each lone surrogate (half of a UTF-16 pair) replaced by U+FFFD, so that it can be encoded."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _without_lone_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return well_formed(value)
-    if isinstance(value, list):
-        return [_without_lone_surrogates(item) for item in value]
-    if isinstance(value, dict):
-        return {well_formed(key): _without_lone_surrogates(item) for key, item in value.items()}
-    return value

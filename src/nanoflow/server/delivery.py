@@ -59,6 +59,11 @@ def _failure(delta: OutputDelta) -> ApiError:
 
 async def send_whole(send: Send, generation: Generation, answer: Answer) -> None:
     """Wait for every choice, then send one JSON object. Raises `ApiError` if a choice failed."""
+    await send_json(send, 200, await whole_answer(generation, answer))
+
+
+async def whole_answer(generation: Generation, answer: Answer) -> bytes:
+    """The JSON of a whole answer, when every choice has ended. Raises `ApiError` if one failed."""
     outputs = [CompletionOutput(index) for index in range(generation.n_choices)]
     prompt_logprobs: list[list[TokenLogprobs | None] | None] = [None] * len(generation.streams)
     while deltas := await generation.take():
@@ -69,7 +74,7 @@ async def send_whole(send: Send, generation: Generation, answer: Answer) -> None
             if delta.prompt_logprobs is not None:
                 prompt_logprobs[delta.index // generation.n] = delta.prompt_logprobs
     counts = answer.usage(generation.prompt_tokens, generation.output_tokens)
-    await send_json(send, 200, encode_json(answer.whole(outputs, counts, prompt_logprobs)))
+    return encode_json(answer.whole(outputs, counts, prompt_logprobs))
 
 
 def _extend(output: CompletionOutput, delta: OutputDelta) -> None:

@@ -56,9 +56,12 @@ class Engine(Protocol):
     def healthy(self) -> bool: ...
 
     def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None = None
+        self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None = None, *, whole: bool = False
     ) -> RequestStream:
-        """Validate and queue at once. Raises `InvalidRequestError`, `QueueFullError`, `EngineDeadError`."""
+        """Validate and queue at once; with `whole` each choice comes as one delta at its end.
+
+        Raises `InvalidRequestError`, `QueueFullError`, `EngineDeadError`.
+        """
         ...
 
     def stats(self) -> EngineStats: ...

@@ -33,14 +33,17 @@ class Generation:
     """All choices of one HTTP request; choice `prompt_index * n + i` is choice i of that prompt.
 
     Submits in the constructor, all prompts or none: raises what `Engine.submit` raises. Use as a context manager:
-    leaving it aborts whatever still runs.
+    leaving it aborts whatever still runs. Without `latencies` nothing is timed. `whole` asks for each choice as one
+    delta at its end.
     """
 
     def __init__(
         self,
         engine: Engine,
-        latencies: Latencies,
+        latencies: Latencies | None,
         jobs: Sequence[tuple[list[int], SamplingParams]],
+        *,
+        whole: bool = False,
     ) -> None:
         self._latencies = latencies
         self._start_s = time.monotonic()
@@ -53,7 +56,7 @@ class Generation:
         self.streams: list[RequestStream] = []
         try:
             for ids, params in jobs:
-                self.streams.append(engine.submit(ids, params, f"req-{uuid4().hex}"))
+                self.streams.append(engine.submit(ids, params, f"req-{uuid4().hex}", whole=whole))
         except BaseException:
             self.abort()
             raise
@@ -134,17 +137,19 @@ class Generation:
         if clock is None:
             return
         now = time.monotonic()
+        latencies = self._latencies
         if delta.token_ids:
             if not clock.n_tokens:
                 clock.first_s = now
-                self._latencies.first_token_s.observe(now - self._start_s)
+                if latencies is not None:
+                    latencies.first_token_s.observe(now - self._start_s)
             clock.n_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             del self._clocks[choice]
-            if delta.finish_reason in ("stop", "length"):
-                self._latencies.end_to_end_s.observe(now - self._start_s)
+            if latencies is not None and delta.finish_reason in ("stop", "length"):
+                latencies.end_to_end_s.observe(now - self._start_s)
                 if clock.n_tokens > 1:
-                    self._latencies.per_output_token_s.observe((now - clock.first_s) / (clock.n_tokens - 1))
+                    latencies.per_output_token_s.observe((now - clock.first_s) / (clock.n_tokens - 1))
 
 
 def _merge(into: OutputDelta, delta: OutputDelta) -> None:

@@ -1,0 +1,1 @@
+"""Tests of batch jobs: files, kills, order, memory."""
