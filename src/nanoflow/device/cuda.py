@@ -19,6 +19,7 @@ from nanoflow.device import green
 from nanoflow.device.base import Event, Issue, Program
 from nanoflow.device.power import PowerMeter
 
+SHARE_STEPS = 6
 _SHARE_SLACK = 1e-6
 _lane_sms = threading.local()
 
@@ -118,11 +119,12 @@ class CudaDevice:
         self._pool: Any = None
 
     def shares(self) -> tuple[float, ...]:
-        """Steps of eight multiprocessors where partitions work, else only the whole."""
+        """Steps of multiprocessors, and what each leaves of the chip; only the whole where partitions do not work."""
         if green.unusable_reason() is not None:
             return (1.0,)
-        counts = range(green.SM_STEP, self.n_sms, green.SM_STEP)
-        return (*(count / self.n_sms for count in counts), 1.0)
+        step = max(1, round(self.n_sms / SHARE_STEPS / green.SM_STEP)) * green.SM_STEP
+        counts = range(step, self.n_sms, step)
+        return tuple(n / self.n_sms for n in sorted({*counts, *(self.n_sms - n for n in counts), self.n_sms}))
 
     def open_lanes(self, names_and_shares: Sequence[tuple[str, float]]) -> None:
         """Streams; on partitions of the chip if there are several and their shares sum up to at most 1."""

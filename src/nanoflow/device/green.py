@@ -72,14 +72,20 @@ class GreenContext:
 
 
 def sm_counts(shares: Sequence[float], n_sms: int) -> list[int]:
-    """Multiprocessors of each lane: `shares` of `n_sms` in whole steps, at least one step each, the last taking less
-    where rounding up would exceed the chip. Raises `ConfigError` if they cannot fit."""
-    counts = [max(SM_STEP, round(share * n_sms / SM_STEP) * SM_STEP) for share in shares]
+    """Multiprocessors of each lane: `shares` of `n_sms` in whole steps, at least one step each.
+
+    Where the lanes fill the chip, one of them, whose count is no multiple of the step, takes what the others leave.
+    Raises `ConfigError` if they cannot fit.
+    """
+    exact = [share * n_sms for share in shares]
+    counts = [max(SM_STEP, round(count / SM_STEP) * SM_STEP) for count in exact]
+    if sum(round(count) for count in exact) == n_sms:
+        odd = max(range(len(counts)), key=lambda lane: abs(exact[lane] - counts[lane]))
+        counts[odd] = n_sms - sum(count for lane, count in enumerate(counts) if lane != odd)
     while sum(counts) > n_sms:
-        largest = max(range(len(counts)), key=counts.__getitem__)
-        if counts[largest] <= SM_STEP:
-            raise ConfigError(f"{len(shares)} lanes do not fit on {n_sms} multiprocessors; use fewer lanes.")
-        counts[largest] -= SM_STEP
+        counts[max(range(len(counts)), key=counts.__getitem__)] -= SM_STEP
+    if min(counts) < 1:
+        raise ConfigError(f"{len(shares)} lanes do not fit on {n_sms} multiprocessors; use fewer lanes.")
     return counts
 
 
@@ -92,11 +98,13 @@ def split(shares: Sequence[float], device: int = 0) -> list[GreenContext]:
 
     kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
     rest = _call("cuDeviceGetDevResource", _call("cuDeviceGet", device), kind)
-    contexts = []
-    for count in sm_counts(shares, int(rest.sm.smCount)):
-        if int(rest.sm.smCount) > count:
-            groups, _, rest = _call("cuDevSmResourceSplitByCount", 1, rest, 0, count)
-            contexts.append(GreenContext(groups[0], device))
+    counts = sm_counts(shares, int(rest.sm.smCount))
+    contexts: dict[int, GreenContext] = {}
+    # Whole steps are split off first: the rest of the chip is what may have an odd number.
+    for lane in sorted(range(len(counts)), key=lambda lane: counts[lane] % SM_STEP != 0):
+        if counts[lane] % SM_STEP == 0 and int(rest.sm.smCount) > counts[lane]:
+            groups, _, rest = _call("cuDevSmResourceSplitByCount", 1, rest, 0, counts[lane])
+            contexts[lane] = GreenContext(groups[0], device)
         else:
-            contexts.append(GreenContext(rest, device))
-    return contexts
+            contexts[lane] = GreenContext(rest, device)
+    return [contexts[lane] for lane in range(len(counts))]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -36,16 +35,21 @@ class Stage:
     plan: BatchPlan
     dtype: torch.dtype
     open_device: Callable[[], Device]
-    _executors: dict[str, Executor] = field(default_factory=dict)
+    page_tokens: int
+    _executors: dict[str, Any] = field(default_factory=dict)
 
     def run(self, pipeline: Pipeline) -> list[Span]:
         """Spans of all launches of one iteration, in order of their start."""
-        executor = self._executors.get(pipeline.name)
-        if executor is None:
-            executor = self._executors[pipeline.name] = self._executor(pipeline)
         tracer = Tracer()
-        executor.launch(self.plan, tracer).result()
+        self.executor(pipeline).launch(self.plan, tracer).result()
         return tracer.spans()
+
+    def executor(self, pipeline: Pipeline) -> Any:
+        """The executor of `pipeline`, made on first use."""
+        found = self._executors.get(pipeline.name)
+        if found is None:
+            found = self._executors[pipeline.name] = self._make_executor(pipeline)
+        return found
 
     def measure(self, contender: Contender) -> IterationTime:
         """Time of one iteration of a contender."""
@@ -57,7 +61,7 @@ class Stage:
             executor.device.close()
         self._executors.clear()
 
-    def _executor(self, pipeline: Pipeline) -> Executor:
+    def _make_executor(self, pipeline: Pipeline) -> Any:
         device = self.open_device()
         kernels, spec = self.decoder.kernels, self.decoder.spec
         sampler = LogitsSampler(kernels, spec.vocab_size, device.torch_device)
@@ -72,7 +76,12 @@ def open_stage(bench: Workbench, weights: DecoderWeights, open_device: Callable[
     where = bench.device.torch_device
     kv_layers = shared_kv(bench.kernels, spec, bench.dtype, where, n_pages, page, spec.n_layers)
     decoder = Decoder(spec, weights, bench.kernels, kv_layers, max(mix.context, mix.chunk + mix.before) + 1)
-    return Stage(decoder, mix.plan(n_pages, page), bench.dtype, open_device)
+    kind = Stage
+    if bench.device.captures and bench.kernels.capturable:
+        from nanoflow.engine.gpu_stage import GpuStage
+
+        kind = GpuStage
+    return kind(decoder, mix.plan(n_pages, page), bench.dtype, open_device, page)
 
 
 def iteration_time(spans: list[Span], n_layers: int) -> IterationTime:
@@ -80,28 +89,3 @@ def iteration_time(spans: list[Span], n_layers: int) -> IterationTime:
     embed = next(span for span in spans if span.label == EMBED)
     head = next(span for span in spans if span.label == HEAD)
     return IterationTime(head.end_us - embed.start_us, (head.start_us - embed.end_us) / n_layers)
-
-
-def layer_timeline(spans: list[Span], pipeline: Pipeline, n_layers: int) -> dict[str, Any]:
-    """A typical layer as measured: the period, and start and end of each nano-operation in its own layer's frame.
-
-    Medians over the layers, times in µs; the period is the median step between the starts of equal nano-operations.
-    """
-    by_label = {span.label: span for span in spans}
-    layers = [
-        [by_label[f"{nano.op}[{nano.start}:{nano.stop}]@{layer}"] for nano in pipeline.nano_ops]
-        for layer in range(n_layers)
-    ]
-    steps = [
-        b.start_us - a.start_us
-        for now, then in zip(layers, layers[1:], strict=False)
-        for a, b in zip(now, then, strict=True)
-    ]
-    period = median(steps) if steps else max(s.end_us for s in layers[0]) - min(s.start_us for s in layers[0])
-    origins = [min(span.start_us for span in layer) for layer in layers]
-    columns = range(len(pipeline.nano_ops))
-    starts = [
-        median(layer[i].start_us - origin for layer, origin in zip(layers, origins, strict=True)) for i in columns
-    ]
-    ends = [median(layer[i].end_us - origin for layer, origin in zip(layers, origins, strict=True)) for i in columns]
-    return {"period_us": period, "spans_us": [list(pair) for pair in zip(starts, ends, strict=True)]}

@@ -40,10 +40,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class IterationTime:
-    """One iteration: from the embedding to the sampled tokens, and the mean of its layers, in µs."""
+    """One iteration: from the embedding to the sampled tokens, and the mean of its layers, in µs.
+
+    `watts` is the device's mean power meanwhile; None where it cannot be read.
+    """
 
     iteration_us: float
     layer_us: float
+    watts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ class Measured:
     low: float
     high: float
     faster: float
+    watts: float | None = None
+
+    @property
+    def iteration_mj(self) -> float | None:
+        """Energy of an iteration, idle power included."""
+        return None if self.watts is None else self.watts * self.iteration_us / 1e3
 
     @property
     def prediction_error(self) -> float:
@@ -78,6 +88,8 @@ class Measured:
             "measured_layer_us": self.layer_us,
             "prediction_error": self.prediction_error,
             "measured_iteration_us": self.iteration_us,
+            "measured_watts": self.watts,
+            "measured_iteration_mj": self.iteration_mj,
             "spread": self.spread,
             "ratio_to_sequential": self.ratio,
             "ratio_interval": [self.low, self.high],
@@ -165,11 +177,17 @@ def judge(contenders: Sequence[Contender], times: Sequence[Sequence[IterationTim
                 low=low,
                 high=high,
                 faster=faster,
+                watts=_median_watts([row[index] for row in times]),
             )
         )
     proven = [index for index, one in enumerate(measured) if one.high < 1.0]
     winner = min(proven, key=lambda index: measured[index].ratio, default=base)
     return Verdict(tuple(measured), winner, len(times))
+
+
+def _median_watts(times: Sequence[IterationTime]) -> float | None:
+    known = [one.watts for one in times if one.watts is not None]
+    return float(np.median(known)) if known else None
 
 
 def interval(ratios: Floats, confidence: float, seed: int) -> tuple[float, float, float]:

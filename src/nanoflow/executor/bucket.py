@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.batch import BatchPlan, Int32Array
-from nanoflow.executor.pinned import Layout, compact_pages
+from nanoflow.core.model_spec import ModelSpec
+from nanoflow.executor.pinned import Layout, PinnedStage, compact_pages
 from nanoflow.executor.staging import scaled_slice
-from nanoflow.kernels.base import AttentionPlan, AttentionWork
+from nanoflow.kernels.base import AttentionPlan, AttentionWork, Kernels
 from nanoflow.models.state import Activations, NanoBatch
 
 NO_SLOT = -1
@@ -140,6 +141,32 @@ class Bucket:
             if work.prefill is not None and prefill is not None:
                 first = max(start, n_decode)
                 work.prefill.plan(*_prefill_rows(plan, page_start, first, stop, start), host[prefill])
+
+
+def fixed_nano_batch(
+    plan: BatchPlan, kernels: Kernels, spec: ModelSpec, activations: Activations, page_tokens: int, lane_sms: int
+) -> NanoBatch:
+    """`plan` alone as one nano-batch at fixed addresses, for launches on a lane of `lane_sms` multiprocessors."""
+
+    def planner(prefill: bool) -> AttentionWork | None:
+        return kernels.attention_work(
+            prefill=prefill,
+            n_rows=plan.n_tokens,
+            n_requests=plan.n_requests,
+            n_heads=spec.n_heads,
+            n_kv_heads=spec.n_kv_heads,
+            head_dim=spec.head_dim,
+            lane_sms=lane_sms,
+        )
+
+    decode = planner(False) if plan.n_decode else None
+    prefill = planner(True) if plan.n_decode < plan.n_tokens else None
+    at = BucketLayout(plan.n_tokens, [SliceWork(0, plan.n_tokens, decode, prefill)])
+    stage = PinnedStage(at.pages + plan.page_table.size, activations.x_td.device)
+    bucket = Bucket(at, activations, stage.ints, page_tokens)
+    stage.send(bucket.write(plan, stage.begin(), 0))
+    nano: NanoBatch = bucket.states[0]
+    return nano
 
 
 _Rows = tuple[Int32Array, Int32Array, Int32Array, Int32Array]

@@ -9,6 +9,7 @@ launch by launch.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,8 @@ class CapturedInFlight:
 class CapturedExecutor:
     """Runs batches of at most `pipeline.dense_batch` tokens and `max_requests` requests on a CUDA device.
 
-    `max_pages` is the longest page table of a request. Call `warm_up` before the first launch.
+    `max_pages` is the longest page table of a request; `sizes` are the batch sizes to record (a batch is padded to the
+    next). Call `warm_up` before the first launch.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class CapturedExecutor:
         max_requests: int,
         max_pages: int,
         page_tokens: int,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         graph = layer_graph(decoder.spec)
         pipeline.validate(graph)
@@ -102,7 +105,7 @@ class CapturedExecutor:
         self.head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
         self._program = build_program(pipeline, graph, decoder, self._prologue, _nothing)
         self._head_program = Program((Launch("head", 0, self._sample, 0),), 0)
-        self._sizes = bucket_sizes(pipeline.dense_batch)
+        self._sizes = sorted(sizes or bucket_sizes(pipeline.dense_batch))
         layouts = [BucketLayout(size, self._slice_works(size)) for size in self._sizes]
         self._stage = PinnedStage(max(at.pages for at in layouts) + max_requests * max_pages, where)
         self._buckets = [Bucket(at, self._activations, self._stage.ints, page_tokens) for at in layouts]
@@ -190,6 +193,10 @@ class CapturedExecutor:
         number = bisect_left(self._head_sizes, n_rows)
         self._replay_head(number, sampling, tracer)
         return self._returning(plan, self._heads[number][0].tokens_s[:n_rows])
+
+    def launch_layers(self, plan: BatchPlan) -> CudaRun:
+        """Start the embedding and the layers of an iteration alone, to time them."""
+        return self._replay_layers(bisect_left(self._sizes, plan.n_tokens), plan)
 
     def _finish_in_blocks(self, plan: BatchPlan) -> CapturedInFlight:
         with torch.no_grad(), torch.cuda.stream(self.device.main):

@@ -63,17 +63,22 @@ def build_program(
     whole = len(state_of)
     dependencies = pipeline.dependencies(graph)
     rows = [_Row("embed", 0, prologue, whole, [])]
-    per_layer = len(pipeline.nano_ops)
-    for layer in range(decoder.spec.n_layers):
-        first = 1 + layer * per_layer
-        for nano, needed in zip(pipeline.nano_ops, dependencies, strict=True):
-            needs = [first - dep.layer_back * per_layer + dep.producer for dep in needed if layer >= dep.layer_back]
-            if layer == 0 and not needs:
-                needs = [0]
+    at: dict[tuple[int, int], int] = {}  # (round, nano-operation) → row
+    last_layer = []
+    n_layers = decoder.spec.n_layers
+    for turn in range(n_layers + pipeline.rounds_behind):
+        for index, (nano, needed) in enumerate(zip(pipeline.nano_ops, dependencies, strict=True)):
+            layer = turn - nano.behind
+            if not 0 <= layer < n_layers:
+                continue
+            places = [(turn - dep.layer_back, dep.producer) for dep in needed]
+            needs = [at[place] for place in places if place in at] or [0]
+            at[turn, index] = len(rows)
+            if layer == n_layers - 1:
+                last_layer.append(len(rows))
             run = _bind(decoder.layer_ops[nano.op], layer)
             label = f"{nano.op}[{nano.start}:{nano.stop}]@{layer}"
             rows.append(_Row(label, lane_of[nano.lane], run, state_of[(nano.start, nano.stop)], needs))
-    last_layer = list(range(len(rows) - per_layer, len(rows)))
     rows.append(_Row("head", 0, epilogue, whole, last_layer))
     return _connect(rows)
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from nanoflow.device.base import Device, Event, Lane, Launch, Program
 from nanoflow.profiling.subject import Step
 
@@ -94,6 +96,13 @@ def run_loops(device: Device, loops: Sequence[Loop], seconds: float, least: int 
 
     Replaces the device's lanes. Re-raises the first error of any launch.
     """
+    if device.captures:
+        from nanoflow.device.cuda import CudaDevice
+        from nanoflow.profiling.cuda_loops import run_cuda_loops
+
+        assert isinstance(device, CudaDevice)
+        with torch.no_grad():
+            return run_cuda_loops(device, loops, seconds, least)
     device.open_lanes([(f"loop{index}", loop.share) for index, loop in enumerate(loops)])
     control = _Loops(device, len(loops), seconds, least)
     launches = tuple(Launch(f"loop{index}", index, loop.step, 0) for index, loop in enumerate(loops))
@@ -101,17 +110,19 @@ def run_loops(device: Device, loops: Sequence[Loop], seconds: float, least: int 
     start = max(spans[0][0] for spans in control.spans)
     stop = min(spans[-1][1] for spans in control.spans)
     window = max(spans[-1][1] for spans in control.spans) - min(spans[0][0] for spans in control.spans)
-    watts = _watts(control.energy_j, window)
-    return [_timing([s for s in spans if s[0] >= start and s[1] <= stop] or spans, watts) for spans in control.spans]
+    watts = watts_of(control.energy_j, window)
+    return [timing_of([s for s in spans if s[0] >= start and s[1] <= stop] or spans, watts) for spans in control.spans]
 
 
-def _watts(energy_j: Sequence[float | None], seconds: float) -> float | None:
+def watts_of(energy_j: Sequence[float | None], seconds: float) -> float | None:
+    """Mean power between the two readings; None where there is no reading."""
     before, after = energy_j
     return None if before is None or after is None else (after - before) / seconds
 
 
-def _timing(spans: Sequence[tuple[float, float]], watts: float | None) -> Timing:
-    times = [(end - begin) * 1e6 for begin, end in spans]
+def timing_of(spans: Sequence[tuple[float, float]], watts: float | None, launches: int = 1) -> Timing:
+    """The timing of one launch from spans (begin, end; seconds) of `launches` each, and the mean power meanwhile."""
+    times = [(end - begin) * 1e6 / launches for begin, end in spans]
     median = statistics.median(times)
     low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (median, median, median)
-    return Timing(median, (high - low) / median, len(times), None if watts is None else watts * median / 1e3)
+    return Timing(median, (high - low) / median, launches * len(times), None if watts is None else watts * median / 1e3)

@@ -16,6 +16,7 @@ from torch import Tensor
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import Op
 from nanoflow.device.base import Device
+from nanoflow.executor.bucket import fixed_nano_batch
 from nanoflow.executor.staging import Stager
 from nanoflow.kernels.base import Kernels
 from nanoflow.models.decoder import Decoder, DecoderWeights
@@ -61,6 +62,7 @@ class Subject:
         acts = Activations.allocate(spec, max_tokens, dtype, self._where, residual)
         for buffer in vars(acts).values():
             fill_random(buffer)
+        self._acts = acts
         self._stager = Stager(acts, self._where)
         self._staging = torch.empty_like(kv_layers[0][: max(1, -(-max_tokens // page_tokens))])
         fill_random(self._staging)
@@ -77,19 +79,30 @@ class Subject:
         if op in (Op.KV_OFFLOAD, Op.KV_RELOAD):
             return self._copy_step(op, tokens)
         run, layers = self._decoder.layer_ops[op], len(self._decoder.weights.layers)
-        states = self._states(op, tokens)
+        by_lane: dict[int, list[NanoBatch]] = {}
 
         def step(k: int) -> None:
+            lane_sms = _lane_sms() if self._decoder.kernels.capturable else 0
+            if lane_sms not in by_lane:
+                by_lane[lane_sms] = self._states(op, tokens, lane_sms)
+            states = by_lane[lane_sms]
             run(k % layers, states[k % len(states)])
 
         return step
 
-    def _states(self, op: Op, tokens: int) -> list[NanoBatch]:
+    def _states(self, op: Op, tokens: int, lane_sms: int) -> list[NanoBatch]:
         decode = op is Op.DECODE_ATTENTION
         n_decode, chunks = (tokens, []) if decode else (0, self._mix.chunks(tokens))
         states = []
         for seed in range(VARIANTS if decode else 1):
             plan = make_plan(n_decode, self._mix.context, chunks, self._n_pages, self._page_tokens, seed)
+            if lane_sms:
+                states.append(
+                    fixed_nano_batch(
+                        plan, self._decoder.kernels, self.spec, self._acts.rows(0, tokens), self._page_tokens, lane_sms
+                    )
+                )
+                continue
             state = self._stager.nano_batch(plan, self._stager.tensor(plan.token_ids), 0, tokens)
             assert state is not None
             states.append(state)
@@ -109,6 +122,12 @@ class Subject:
             layers[k % len(layers)].index_copy_(0, picks[k % len(picks)], staging)
 
         return offload if op is Op.KV_OFFLOAD else reload
+
+
+def _lane_sms() -> int:
+    from nanoflow.device.cuda import lane_sms
+
+    return lane_sms()
 
 
 def shared_kv(

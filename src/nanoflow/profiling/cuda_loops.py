@@ -1,0 +1,99 @@
+"""Launches repeated on CUDA lanes, side by side and back to back: the GPU's form of `profiling.loops`.
+
+Each lane replays a recording of some launches, always with the next one queued, so that neither Python nor launch gaps
+count and the card reaches the clock that its power limit allows. Times come from events; a pair is judged by the part
+in which both lanes were busy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nanoflow.device.cuda import CudaDevice, CudaLane
+from nanoflow.profiling.loops import WARM_UP, Loop, Timing, timing_of, watts_of
+
+GRAPH_SECONDS = 2e-3
+MOST_LAUNCHES = 64
+QUEUED = 3
+TRIALS = 4
+
+
+@dataclass
+class _Player:
+    """One lane with its recording of `n` launches and the ends of its replays."""
+
+    lane: CudaLane
+    graph: torch.cuda.CUDAGraph
+    n: int
+    ends: list[torch.cuda.Event] = field(default_factory=list)
+
+    def play(self) -> None:
+        if len(self.ends) >= QUEUED:
+            self.ends[-QUEUED].synchronize()
+        with torch.cuda.stream(self.lane.stream):
+            self.graph.replay()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self.lane.stream)
+        self.ends.append(event)
+
+
+def run_cuda_loops(device: CudaDevice, loops: Sequence[Loop], seconds: float, least: int) -> list[Timing]:
+    """See `profiling.loops.run_loops`; `least` counts replays of about 2 ms."""
+    device.open_lanes([(f"loop{index}", loop.share) for index, loop in enumerate(loops)])
+    players = [_record(lane, loop) for lane, loop in zip(device.lanes, loops, strict=True)]
+    torch.cuda.synchronize(device.torch_device)
+    start = torch.cuda.Event(enable_timing=True)
+    start.record(device.main)
+    for player in players:
+        player.lane.stream.wait_event(start)
+    energy_j, began = [device.energy_j()], time.perf_counter()
+    while time.perf_counter() - began < seconds or min(len(player.ends) for player in players) < least:
+        # Whoever is behind is fed first: a lane must not run dry while the host waits for another.
+        for player in sorted(players, key=_unplayed):
+            player.play()
+    energy_j.append(device.energy_j())
+    torch.cuda.synchronize(device.torch_device)
+    window = time.perf_counter() - began
+    spans = [_spans(player, start) for player in players]
+    common = max(one[0][1] for one in spans), min(one[-1][1] for one in spans)
+    watts = watts_of(energy_j, window)
+    return [
+        timing_of([s for s in one if s[0] >= common[0] and s[1] <= common[1]] or one, watts, player.n)
+        for one, player in zip(spans, players, strict=True)
+    ]
+
+
+def _unplayed(player: _Player) -> int:
+    """How many replays are still queued, at most `QUEUED`."""
+    return sum(not event.query() for event in player.ends[-QUEUED:])
+
+
+def _spans(player: _Player, start: torch.cuda.Event) -> list[tuple[float, float]]:
+    ends = [start.elapsed_time(event) / 1e3 for event in player.ends]
+    return list(itertools.pairwise([0.0, *ends]))
+
+
+def _record(lane: CudaLane, loop: Loop) -> _Player:
+    """Warm up, see how long a launch takes, and record as many as fill `GRAPH_SECONDS`."""
+    for k in range(WARM_UP):
+        lane.run(loop.step, k)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record(lane.stream)
+    for k in range(TRIALS):
+        lane.run(loop.step, k)
+    after.record(lane.stream)
+    after.synchronize()
+    each = before.elapsed_time(after) / 1e3 / TRIALS
+    n = min(MOST_LAUNCHES, max(1, round(GRAPH_SECONDS / max(each, 1e-7))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(lane.stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        for k in range(n):
+            lane.run(loop.step, k)
+        graph.capture_end()
+    return _Player(lane, graph, n)
