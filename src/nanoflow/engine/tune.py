@@ -19,13 +19,14 @@ from nanoflow.core.log import get_logger
 from nanoflow.engine import tuned
 from nanoflow.engine.profiling import make_settings, run_profile
 from nanoflow.engine.resolve import open_device
-from nanoflow.engine.stage import Stage, layer_timeline, open_stage
+from nanoflow.engine.stage import Stage, open_stage
 from nanoflow.engine.tuned import TuningKey
 from nanoflow.engine.verification import Contender, Verdict, verify
 from nanoflow.engine.workbench import Workbench, open_workbench
 from nanoflow.models.decoder import DecoderWeights
 from nanoflow.pipeline.baselines import nano_batches, sequential
 from nanoflow.pipeline.graph import LayerGraph, layer_graph
+from nanoflow.pipeline.measured import layer_timeline
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.pipeline.timeline import Timeline, predict
 from nanoflow.profiling.fingerprint import machine_fingerprint
