@@ -33,6 +33,12 @@ def config(tiny_folder: Path) -> EngineConfig:
 
 
 @pytest.fixture(autouse=True)
+def short_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few requests are enough where no one reads the client's overhead."""
+    monkeypatch.setattr("nanoflow.bench.overhead.REQUESTS", 8)
+
+
+@pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch) -> MachineRates:
     """Rates without measuring, with energies, so that all floors are there."""
     known = MachineRates("test machine", "float32", 1e11, 1e10, None, 100.0, 10.0, 100.0, measured=True)

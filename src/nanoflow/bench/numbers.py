@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -74,8 +74,3 @@ def headline(series: Series, name: str) -> str:
 
 def _column(values: Column) -> Floats:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-
-
-def rounded(values: Iterable[float | None]) -> Column:
-    """Times for a file: microseconds are enough."""
-    return tuple(None if value is None else round(value, 6) for value in values)

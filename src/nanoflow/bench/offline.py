@@ -12,9 +12,9 @@ import numpy as np
 
 from nanoflow.bench import environment
 from nanoflow.bench.bounds import bounds_of_run, rates_of
-from nanoflow.bench.numbers import energy_of, over_runs, rounded, throughput_numbers
+from nanoflow.bench.numbers import energy_of, over_runs, throughput_numbers
 from nanoflow.bench.optimes import trace_plans, tracing
-from nanoflow.bench.result import BenchKind, BenchResult, Column, IterationTrace, Run, Series
+from nanoflow.bench.result import BenchKind, BenchResult, Column, IterationTrace, Run, Series, rounded
 from nanoflow.bench.session import OnProgress, Record, make_sequences, run_sequences
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.batch import BatchPlan

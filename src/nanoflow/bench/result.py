@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +25,11 @@ FORMAT_VERSION = 1
 
 Column: TypeAlias = tuple[float | int | str | None, ...]
 """One raw quantity, an entry a request (or an iteration)."""
+
+
+def rounded(values: Iterable[float | None]) -> Column:
+    """Times in seconds as a column: microseconds are enough."""
+    return tuple(None if value is None else round(value, 6) for value in values)
 
 
 class BenchKind(StrEnum):

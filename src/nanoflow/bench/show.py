@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from nanoflow.analysis.report import si
 from nanoflow.bench.numbers import headline
-from nanoflow.bench.result import BenchResult, Bound, IterationTrace, Run, Series
+from nanoflow.bench.result import BenchKind, BenchResult, Bound, ClientOverhead, IterationTrace, Run, Series
 
 
 def lines_of(result: BenchResult) -> Iterator[str]:
@@ -20,8 +20,13 @@ def lines_of(result: BenchResult) -> Iterator[str]:
     lengths = ", ".join(f"{mean:.0f} ± {deviation:.0f} {side} tokens" for side, mean, deviation in sides)
     yield f"  workload: {lengths}; seed {workload.seed}"
     yield f"  machine: {machine.name}; {result.model.dtype or 'dtype unknown'}; {result.target}"
-    for series in result.series:
-        yield from series_lines(series)
+    if result.kind is BenchKind.ONLINE:
+        yield from rate_lines(result.series)
+    else:
+        for series in result.series:
+            yield from series_lines(series)
+    if result.client is not None:
+        yield _client(result.client)
     for name, value in result.numbers.items():
         yield f"{name}: {value:.4g}"
     for note in result.notes:
@@ -52,6 +57,32 @@ def series_lines(series: Series) -> Iterator[str]:
         yield f"  {_rates(series.runs[-1].bounds[0])}"
     if series.trace is not None:
         yield from _operations(series.trace)
+
+
+def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:
+    """A row a rate: latencies in ms, goodput, and whether the rate was sustained."""
+    columns = ("mean", "p50", "p90", "p99")
+    yield f"  {'RATE':>8}{'goodput':>9}  {'normalised ms/token':<32}{'first token ms':<32}{'next token ms':<32}tokens/s"
+    yield f"  {'req/s':>8}{'req/s':>9}  " + "".join(f"{name:>8}" for name in columns * 3)
+    for series in sweep:
+        numbers = series.numbers
+        cells = "".join(
+            f"{1e3 * numbers[key]:>8.1f}" if (key := f"{name}_{column}_s") in numbers else f"{'–':>8}"
+            for name in ("normalised_latency", "ttft", "time_per_output_token")
+            for column in columns
+        )
+        rate = f"{series.rate_rps:>8.4g}{numbers['goodput_rps']:>9.3g}"
+        verdict = "" if numbers["sustained"] else "  not sustained"
+        yield f"  {rate}  {cells}{numbers['tokens_per_s']:>10.0f}{verdict}"
+
+
+def _client(client: ClientOverhead) -> str:
+    added = ", ".join(
+        f"{name} {value / 1e3:.1f} ms"
+        for name, value in (("median", client.added_median_us), ("p99", client.added_p99_us))
+        if value is not None
+    )
+    return f"client: adds {added} to the first token, {client.cpu_us_per_token or 0:.0f} µs of processor time a token"
 
 
 def _power(runs: Sequence[Run]) -> Iterator[str]:

@@ -1,0 +1,162 @@
+"""`nanoflow bench online`: latency against request rate, and the highest rate that is sustained.
+
+A rate is sustained if every request is answered and those that arrive in the second half of the run, when a queue that
+grows would show, stay within the limit of seconds per output token on average. Each rate has prompts of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.bench.arrivals import AT_ONCE, POISSON, Arrivals
+from nanoflow.bench.load import OK, LoadRecord, OnProgress, Target, client_numbers, prepare_all, run_load
+from nanoflow.bench.numbers import latency_numbers, throughput_numbers
+from nanoflow.bench.result import Run, Series
+from nanoflow.bench.workloads import NO_LIMITS, Limits, RequestSet, make_requests
+from nanoflow.core.errors import ConfigError
+
+LEAST_REQUESTS = 8
+MOST_BISECTIONS = 8
+DOUBLINGS = 16
+WARM_UP_SEED = 0x3A53
+PAUSE_S = 0.3
+
+Probe = Callable[[float], Awaitable[bool]]
+"""Measures a rate and says whether it was sustained."""
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """What to send and for how long.
+
+    `seconds` of arrivals at each rate, then at most `drain_s` for what is still running. `limit_s` is the allowed time
+    per output token. With `find`, the search starts at the highest of `rates` that was sustained (or at the lowest) and
+    ends when the rate is known to `resolution`.
+    """
+
+    workload: str = "sharegpt"
+    rates: tuple[float, ...] = (1.0,)
+    seconds: float = 60.0
+    seed: int = 0
+    arrivals: str = POISSON
+    burstiness: float = 4.0
+    limits: Limits = NO_LIMITS
+    limit_s: float = 0.2
+    drain_s: float = 60.0
+    warmup: int = 8
+    find: bool = False
+    resolution: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.rates or min(self.rates) <= 0:
+            raise ConfigError(f"request rates must be above 0, not {list(self.rates)}; give --rates 1,2,4.")
+        if min(self.seconds, self.limit_s, self.resolution) <= 0 or self.drain_s < 0 or self.warmup < 0:
+            raise ConfigError("seconds, limit and resolution must be above 0, drain and warmup not negative.")
+
+    def requests(self, rate_rps: float, number: int) -> RequestSet:
+        """The requests of the `number`-th rate."""
+        arrivals = Arrivals(self.arrivals, rate_rps, self.burstiness)
+        n = max(LEAST_REQUESTS, round(rate_rps * self.seconds))
+        return make_requests(self.workload, n, seed=self.seed + number, arrivals=arrivals, limits=self.limits)
+
+
+class Sweep:
+    """Measures rates one after the other and keeps what it found."""
+
+    def __init__(
+        self, target: Target, options: OnlineOptions, vocab_size: int, on_progress: OnProgress | None = None
+    ) -> None:
+        self._target = target
+        self._options = options
+        self._vocab_size = vocab_size
+        self._on_progress = on_progress
+        self.series: list[Series] = []
+        self.last_requests: RequestSet | None = None
+
+    async def run(self) -> float | None:
+        """All rates, then the search if it is wanted: the highest sustained rate, None where not even one was."""
+        options = self._options
+        if options.warmup:
+            requests = make_requests(
+                options.workload, options.warmup, arrivals=Arrivals(AT_ONCE), limits=options.limits
+            )
+            prepared = prepare_all(self._target, requests, self._vocab_size, WARM_UP_SEED)
+            await run_load(self._target, requests, prepared)
+        known = {rate: await self.probe(rate) for rate in sorted(set(options.rates))}
+        if options.find:
+            await highest_sustained(self.probe, known, options.resolution)
+        self.series.sort(key=lambda series: series.rate_rps or 0.0)
+        sustained = [series.rate_rps for series in self.series if series.numbers["sustained"] and series.rate_rps]
+        return max(sustained, default=None)
+
+    async def probe(self, rate_rps: float) -> bool:
+        """Measure one rate."""
+        number = len(self.series)
+        requests = self.last_requests = self._options.requests(rate_rps, number)
+        seed = self._options.seed + number
+        prepared = prepare_all(self._target, requests, self._vocab_size, seed)
+        record = await run_load(
+            self._target, requests, prepared, drain_s=self._options.drain_s, on_progress=self._telling(rate_rps)
+        )
+        numbers = run_numbers(record, self._options.limit_s)
+        run = Run(seed, record.elapsed_s, numbers, requests=record.columns())
+        self.series.append(Series(f"{rate_rps:g} requests/s", (run,), numbers, rate_rps=rate_rps))
+        await asyncio.sleep(PAUSE_S)
+        return bool(numbers["sustained"])
+
+    def _telling(self, rate_rps: float) -> OnProgress | None:
+        tell = self._on_progress
+        if tell is None:
+            return None
+        return lambda done, total, word: tell(done, total, f"{rate_rps:g} requests/s, {word}")
+
+
+async def highest_sustained(probe: Probe, known: dict[float, bool], resolution: float) -> None:
+    """Double (or halve) from what is known until the limit is passed, then bisect; fills `known`."""
+    low = max((rate for rate, good in known.items() if good), default=None)
+    high = min((rate for rate, good in known.items() if not good and rate > (low or 0.0)), default=None)
+    for _ in range(DOUBLINGS):
+        if low is not None and high is not None:
+            break
+        rate = 2.0 * low if low is not None else 0.5 * (high or 1.0)
+        known[rate] = await probe(rate)
+        low, high = (rate, high) if known[rate] else (low, rate)
+    for _ in range(MOST_BISECTIONS):
+        if low is None or high is None or high / low - 1.0 <= resolution:
+            return
+        rate = round((low * high) ** 0.5, 4)
+        known[rate] = await probe(rate)
+        low, high = (rate, high) if known[rate] else (low, rate)
+
+
+def run_numbers(record: LoadRecord, limit_s: float) -> dict[str, float]:
+    """Summary of one rate; `docs/benchmarks.md` defines each number."""
+    columns, n = record.columns(), len(record.sent)
+    ok = [one for one in record.sent if one.status == OK]
+    offered_s = record.sent[-1].arrival_s - record.sent[0].arrival_s
+    offered_rps = (n - 1) / offered_s if offered_s > 0 else float(n)
+    normalised = {id(one): _normalised_s(one.arrival_s, one.heard.finished_s, one.heard.n_tokens) for one in ok}
+    within = sum(value <= limit_s for value in normalised.values())
+    second_half = [normalised[id(one)] for one in record.sent[n // 2 :] if id(one) in normalised]
+    sustained = len(ok) == n and float(np.mean(second_half)) <= limit_s
+    numbers = throughput_numbers(record.elapsed_s, len(ok), record.prompt_tokens, record.output_tokens)
+    numbers |= {"offered_rps": offered_rps, "requests": float(n), "failed_requests": float(n - len(ok))}
+    numbers |= latency_numbers(columns)
+    numbers |= {
+        "within_limit_percent": 100.0 * within / n,
+        "goodput_rps": offered_rps * within / n,
+        "limit_s_per_token": limit_s,
+        "sustained": float(sustained),
+    }
+    if second_half:
+        numbers["normalised_latency_second_half_mean_s"] = float(np.mean(second_half))
+    return numbers | client_numbers(record)
+
+
+def _normalised_s(arrival_s: float, finished_s: float | None, n_tokens: int) -> float:
+    assert finished_s is not None, "an answered request has an end"
+    return (finished_s - arrival_s) / max(1, n_tokens)

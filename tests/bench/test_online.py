@@ -1,0 +1,150 @@
+"""The online benchmark reports a stub's known latency, finds the rate that is sustained, and aborts what is late."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from nanoflow.bench.arrivals import Arrivals
+from nanoflow.bench.endpoint import Endpoint
+from nanoflow.bench.load import OK, UNFINISHED, Heard, RequestError, prepare_all, run_load
+from nanoflow.bench.offline import OfflineOptions
+from nanoflow.bench.online import OnlineOptions, Sweep, highest_sustained, run_numbers
+from nanoflow.bench.online_runs import offline_endpoint, online_endpoint, online_in_process
+from nanoflow.bench.overhead import stub_endpoint
+from nanoflow.bench.result import BenchKind, ModelInfo, parse_result
+from nanoflow.bench.show import lines_of
+from nanoflow.bench.stub import Schedule, StubServer, StubTarget
+from nanoflow.bench.workloads import make_requests
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import ConfigError
+
+N_OUT = 11
+SLOW = Schedule(ttft_s=0.3, tpot_s=0.04)
+OPTIONS = OnlineOptions(workload=f"16/{N_OUT}", rates=(10.0,), seconds=1.5, warmup=2, drain_s=5.0)
+
+
+def test_a_stub_of_known_latency_is_reported_within_five_percent() -> None:
+    async def measure() -> Sweep:
+        async with stub_endpoint(SLOW) as endpoint:
+            sweep = Sweep(endpoint, OPTIONS, 1000)
+            assert await sweep.run() == 10.0
+            return sweep
+
+    (series,) = asyncio.run(measure()).series
+    numbers = series.numbers
+    assert numbers["requests"] == 15 and numbers["failed_requests"] == 0 and numbers["sustained"] == 1
+    assert numbers["ttft_p50_s"] == pytest.approx(0.3, rel=0.05)
+    assert numbers["time_per_output_token_p50_s"] == pytest.approx(0.04, rel=0.05)
+    assert numbers["latency_p50_s"] == pytest.approx(SLOW.latency_s(N_OUT), rel=0.05)
+    assert numbers["normalised_latency_p50_s"] == pytest.approx(SLOW.latency_s(N_OUT) / N_OUT, rel=0.05)
+    assert numbers["normalised_latency_mean_s"] >= SLOW.latency_s(N_OUT) / N_OUT
+    assert numbers["goodput_rps"] == pytest.approx(numbers["offered_rps"])
+    assert series.runs[0].requests["output_tokens"] == (N_OUT,) * 15
+
+
+def test_a_whole_result_against_an_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    async def measure() -> str:
+        server = await StubServer(Schedule(0.01, 0.001)).start()
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        loop = asyncio.get_running_loop()
+        model = ModelInfo("stub")
+        options = replace(OPTIONS, rates=(30.0, 60.0), seconds=0.3)
+        online = await loop.run_in_executor(None, online_endpoint, Endpoint(url), model, 1000, options)
+        requests = make_requests(f"16/{N_OUT}", 8)
+        few = OfflineOptions(runs=2, warmup=1)
+        offline = await loop.run_in_executor(None, offline_endpoint, Endpoint(url), model, 1000, requests, few)
+        server.close()
+        assert (online.kind, offline.kind) == (BenchKind.ONLINE, BenchKind.OFFLINE)
+        assert online.target == offline.target == f"{url}/v1"
+        assert [series.rate_rps for series in online.series] == [30.0, 60.0]
+        assert online.numbers["highest_sustained_rate_rps"] == 60.0
+        assert online.client is not None and (online.client.added_median_us or 0) > 0
+        assert [run.numbers["output_tokens"] for run in offline.series[0].runs] == [8 * N_OUT] * 2
+        assert not online.notes and not offline.notes
+        assert "".join(lines_of(offline))
+        return online.to_json()
+
+    result = parse_result(asyncio.run(measure()))
+    text = "\n".join(lines_of(result))
+    assert "normalised" in text and "client: adds median" in text and "highest_sustained_rate_rps: 60" in text
+
+
+def test_what_is_late_is_ended_and_counts_against_the_rate() -> None:
+    requests = make_requests("4/50", 4, arrivals=Arrivals("poisson", 100.0))
+    target = StubTarget(Schedule(0.01, 0.05))
+    record = asyncio.run(run_load(target, requests, prepare_all(target, requests, 10, 0), drain_s=0.1))
+    assert {one.status for one in record.sent} == {UNFINISHED}
+    numbers = run_numbers(record, 0.2)
+    assert numbers["failed_requests"] == 4 and numbers["sustained"] == 0 and numbers["goodput_rps"] == 0
+
+
+class Refusing(StubTarget):
+    """Refuses every other request, and gives too few tokens in every fourth."""
+
+    def __init__(self) -> None:
+        super().__init__(Schedule(0.001, 0.001))
+        self.n_sent = 0
+
+    async def send(self, request: int, heard: Heard) -> None:
+        self.n_sent += 1
+        if self.n_sent % 2:
+            raise RequestError("HTTP 429: the queue is full")
+        await super().send(request - (self.n_sent % 4 == 0), heard)
+
+
+def test_failures_are_counted_with_their_reason() -> None:
+    requests = make_requests("4/5", 8)
+    target = Refusing()
+    record = asyncio.run(run_load(target, requests, prepare_all(target, requests, 10, 0)))
+    statuses = [one.status for one in record.sent]
+    assert statuses.count(OK) == 2
+    assert statuses.count("HTTP 429: the queue is full") == 4
+    assert statuses.count("1 of 5 tokens are missing") == 2
+    numbers = run_numbers(record, 0.2)
+    assert (numbers["failed_requests"], numbers["within_limit_percent"], numbers["sustained"]) == (6, 25.0, 0.0)
+
+
+@pytest.mark.parametrize("capacity", [0.3, 3.7, 41.0])
+def test_bisection_finds_the_capacity(capacity: float) -> None:
+    known: dict[float, bool] = {2.0: capacity >= 2.0}
+
+    async def probe(rate: float) -> bool:
+        return rate <= capacity
+
+    asyncio.run(highest_sustained(probe, known, 0.05))
+    best = max(rate for rate, good in known.items() if good)
+    assert best <= capacity <= best * 1.051
+    assert len(known) < 20
+
+
+def test_an_engine_of_this_process_completes_a_sweep(config: EngineConfig) -> None:
+    options = OnlineOptions(workload="12/6", rates=(20.0, 40.0), seconds=0.5, warmup=2, seed=1)
+    result = online_in_process(config, options, command=("nanoflow", "bench"))
+    assert parse_result(result.to_json()).kind is BenchKind.ONLINE
+    for series in result.series:
+        (run,) = series.runs
+        assert set(run.requests["status"]) == {OK}
+        assert set(run.requests["output_tokens"]) == {6}
+        assert run.numbers["ttft_mean_s"] < run.numbers["latency_mean_s"]
+    assert result.model.dtype == "float32" and result.machine.device == "cpu"
+    assert result.seeds == (1, 2)
+
+
+def test_an_endpoint_that_is_not_there_is_an_error_with_the_fix() -> None:
+    async def enter() -> None:
+        async with Endpoint("http://127.0.0.1:9"):
+            pass
+
+    with pytest.raises(ConfigError, match="check --url"):
+        asyncio.run(enter())
+
+
+@pytest.mark.parametrize(
+    "change", [{"rates": ()}, {"rates": (0.0,)}, {"seconds": 0.0}, {"limit_s": 0.0}, {"drain_s": -1.0}]
+)
+def test_impossible_options_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        replace(OPTIONS, **change)  # type: ignore[arg-type]
