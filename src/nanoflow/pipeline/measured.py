@@ -36,9 +36,7 @@ def layer_timeline(spans: Sequence[LabelledSpan], pipeline: Pipeline, n_layers: 
             for layer in range(n_layers)
         ]
     except KeyError as error:
-        raise PipelineError(
-            f"the traced iteration lacks {error} of {pipeline.name}; trace it again."
-        ) from None
+        raise PipelineError(f"the traced iteration lacks {error} of {pipeline.name}; trace it again.") from None
     steps = [
         b.start_us - a.start_us
         for now, then in zip(layers, layers[1:], strict=False)

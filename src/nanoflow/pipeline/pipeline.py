@@ -29,7 +29,10 @@ class LaneSpec:
 
 @dataclass(frozen=True)
 class Dependency:
-    """Nano-operation `producer` (an index) must be done; `layer_back` is 1 when it belongs to the layer before."""
+    """Nano-operation `producer` (an index) of `layer_back` rounds before must be done.
+
+    A round launches each nano-operation once: a layer, unless some of them work `behind`.
+    """
 
     producer: int
     layer_back: int = 0
@@ -41,7 +44,8 @@ class NanoOp:
 
     `variant` names an implementation where the op has several; empty takes the default. `after` names what must
     be done first although nothing of it is read: so two nano-operations of one resource, or whose lanes' shares
-    exceed the device together, never run at once.
+    exceed the device together, never run at once. Where others work on layer k, it works on layer k − `behind`: so
+    one nano-batch's feed-forward can run beside another's attention of the next layer on lanes that stay in order.
     """
 
     op: Op
@@ -50,6 +54,7 @@ class NanoOp:
     lane: str
     variant: str = ""
     after: tuple[Dependency, ...] = ()
+    behind: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,15 +76,23 @@ class Pipeline:
         """Distinct row ranges of the nano-operations, in order: the nano-batches."""
         return tuple(sorted({(n.start, n.stop) for n in self.nano_ops}))
 
+    @property
+    def rounds_behind(self) -> int:
+        """Rounds that are needed beyond the number of layers."""
+        return max((nano.behind for nano in self.nano_ops), default=0)
+
     def dependencies(self, graph: LayerGraph) -> tuple[tuple[Dependency, ...], ...]:
-        """For each nano-operation, those that must be done before it may start: what it reads, then its `after`."""
+        """For each nano-operation, those that must be done before it may start: what it reads, then its `after`.
+
+        Counted in rounds: below 0 (which `validate` refuses) for what is read before it is launched.
+        """
         by_op: dict[Op, list[int]] = {}
         for index, nano in enumerate(self.nano_ops):
             by_op.setdefault(nano.op, []).append(index)
         needed: list[tuple[Dependency, ...]] = []
         for nano in self.nano_ops:
             read = [
-                Dependency(producer, int(edge.next_layer))
+                Dependency(producer, int(edge.next_layer) + nano.behind - self.nano_ops[producer].behind)
                 for edge in graph.producers(nano.op)
                 for producer in by_op.get(edge.producer, [])
                 if _must_wait(nano, self.nano_ops[producer], edge)
@@ -94,10 +107,11 @@ class Pipeline:
         self._check_after()
         for index, needed in enumerate(self.dependencies(graph)):
             for dep in needed:
-                if not dep.layer_back and dep.producer >= index:
+                if dep.layer_back < 0 or (dep.layer_back == 0 and dep.producer >= index):
                     first, then = self.nano_ops[dep.producer], self.nano_ops[index]
                     raise PipelineError(
-                        f"{_label(then)} is launched before {_label(first)}, which it waits for; move it after."
+                        f"{_label(then)} is launched before {_label(first)}, which it waits for; move it after, "
+                        "or let it work as many layers behind."
                     )
 
     def _check_lanes(self) -> None:
@@ -110,6 +124,8 @@ class Pipeline:
         for nano in self.nano_ops:
             if nano.lane not in names:
                 raise PipelineError(f"{_label(nano)} names lane {nano.lane!r}, which is not one of {names}.")
+            if nano.behind < 0:
+                raise PipelineError(f"{_label(nano)} works {nano.behind} layers behind; give 0 or more.")
 
     def _check_coverage(self, graph: LayerGraph) -> None:
         if self.dense_batch < 1:
@@ -147,8 +163,8 @@ class Pipeline:
             for dep in nano.after:
                 if not 0 <= dep.producer < len(self.nano_ops) or dep.layer_back not in (0, 1):
                     raise PipelineError(
-                        f"{_label(nano)} waits for nano-operation {dep.producer}, {dep.layer_back} layers back; "
-                        f"give an index below {len(self.nano_ops)} and 0 or 1 layers."
+                        f"{_label(nano)} waits for nano-operation {dep.producer}, {dep.layer_back} rounds back; "
+                        f"give an index below {len(self.nano_ops)} and 0 or 1 rounds."
                     )
 
     def to_json(self) -> str:
@@ -202,6 +218,7 @@ def _read_nano_op(data: dict[str, Any]) -> NanoOp:
         lane=str(data["lane"]),
         variant=str(data.get("variant", "")),
         after=after,
+        behind=_whole(data.get("behind", 0)),
     )
 
 

@@ -38,12 +38,15 @@ def render_timeline(timeline: Timeline, width: int = 100) -> str:
     lines += [f"{lane.name:>{name_width}} |{_row(timeline, lane.name, width)}|" for lane in pipeline.lanes]
     waits = ", ".join(f"{resource} {timeline.bubble_us(resource):.1f}" for resource in timeline.resources)
     lines += [f"waiting a period, µs: {waits}", ""]
+    if pipeline.rounds_behind:
+        lines.append("-1: works on the layer before the one that the others work on")
     lines.append(
         f"{'':2}{'nano-operation':<28}{'rows':>13}{'lane':>{name_width + 2}}{'start':>10}{'end':>10}{'µs':>10}"
     )
     for span in timeline.spans:
         nano = pipeline.nano_ops[span.index]
         label = f"{nano.op} ({nano.variant})" if nano.variant else str(nano.op)
+        label += f" -{nano.behind}" if nano.behind else ""
         lines.append(
             f"{_letter(timeline, span.index)} {label:<28}{f'{nano.start}:{nano.stop}':>13}{nano.lane:>{name_width + 2}}"
             f"{span.start_us:>10.1f}{span.end_us:>10.1f}{span.end_us - span.start_us:>10.1f}"

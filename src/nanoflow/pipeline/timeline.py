@@ -22,7 +22,10 @@ Cost = Callable[[NanoOp, float], float]
 
 @dataclass(frozen=True)
 class Span:
-    """Nano-operation `index` runs from `start_us` to `end_us` in its layer's frame (a period later in the next)."""
+    """Nano-operation `index` runs from `start_us` to `end_us` in its round's frame (a period later in the next).
+
+    A round is a layer, but for nano-operations that work some layers behind.
+    """
 
     index: int
     start_us: float
@@ -49,7 +52,9 @@ class Timeline:
     @property
     def latency_us(self) -> float:
         """From a layer's first start to its last end; beyond the period, layers overlap."""
-        return max(span.end_us for span in self.spans) - min(span.start_us for span in self.spans)
+        late = [self.pipeline.nano_ops[span.index].behind * self.period_us for span in self.spans]
+        first = min(span.start_us + by for span, by in zip(self.spans, late, strict=True))
+        return max(span.end_us + by for span, by in zip(self.spans, late, strict=True)) - first
 
     def busy_us(self, resource: Resource) -> float:
         """Time of a period in which `resource` works."""
