@@ -111,8 +111,8 @@ def open_io(depth: int, kind: str = "auto") -> PageIo:
 
 def aligned_rows(n_rows: int, row_bytes: int) -> UInt8Array:
     """uint8 (n_rows, row_bytes) of zeros at a memory page's start; takes memory as it is first used."""
-    area = np.frombuffer(mmap.mmap(-1, max(1, n_rows * row_bytes)), dtype=np.uint8)
-    return area[: n_rows * row_bytes].reshape(n_rows, row_bytes)
+    area = mmap.mmap(-1, max(1, n_rows * row_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(area, dtype=np.uint8)[: n_rows * row_bytes].reshape(n_rows, row_bytes)
 
 
 def is_aligned(row: UInt8Array) -> bool:

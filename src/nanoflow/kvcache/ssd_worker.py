@@ -8,118 +8,39 @@ synced before the next begins. So a record on the disk always names bytes that w
 from __future__ import annotations
 
 import errno
-import os
-import queue
 import threading
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from nanoflow.core.log import get_logger
 from nanoflow.kvcache.slab_files import SlabFiles
 from nanoflow.kvcache.slab_index import Entry, SlabIndex
+from nanoflow.kvcache.slab_jobs import CORRUPT, Job, Worker
 from nanoflow.kvcache.ssd_io import PageIo, Span, aligned_rows, is_aligned
 from nanoflow.kvcache.tier import UInt8Array
 
-log = get_logger(__name__)
 
-_GROUP_BYTES = 128 << 20  # of one round of the writer: long enough that its three syncs cost nothing
-CORRUPT = -1
-"""The code of a page whose bytes do not have the checksum that they were stored with."""
-
-Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass
-class Job:
-    """Pages on their way. `codes` says what became of each: 0 well, an errno, or `CORRUPT`."""
-
-    keys: Sequence[bytes]
-    slots: Int64Array
-    rows: Sequence[UInt8Array]
-    checksums: npt.NDArray[np.uint64]
-    codes: Int64Array = field(init=False)
-    forgotten_slots: Sequence[int] = ()
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self.codes = np.zeros(len(self.keys), dtype=np.int64)
-
-
-class Worker(ABC):
-    """A thread that carries out jobs in order, many at a time; calls `on_end` (in that thread) for each."""
+class SsdWorker(Worker):
+    """A worker with an I/O queue and a staging buffer for each request under way."""
 
     def __init__(self, name: str, io: PageIo, files: SlabFiles, page_bytes: int, slot_bytes: int) -> None:
-        self.n_bytes = 0
-        self.busy_s = 0.0
-        self.on_end: Callable[[Job], None] = lambda job: None
-        self._io, self._files, self._page_bytes = io, files, page_bytes
+        self._io, self._files = io, files
         self._staging = aligned_rows(io.depth, slot_bytes)  # takes memory only if unaligned rows come
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Job) -> None:
-        self._jobs.put(job)
+        super().__init__(name, page_bytes)
 
     def stop(self) -> None:
         """Finish what is queued, then end the thread."""
-        self._jobs.put(None)
-        self._thread.join()
+        super().stop()
         self._io.close()
-
-    def _loop(self) -> None:
-        going = True
-        while going:
-            group: list[Job] = []
-            pages = 0
-            while not group or (pages * self._page_bytes < _GROUP_BYTES and not self._jobs.empty()):
-                job = self._jobs.get()
-                if job is None:
-                    going = False
-                    break
-                group.append(job)
-                pages += len(job.keys)
-            if group:
-                self._round(group)
-
-    def _round(self, group: list[Job]) -> None:
-        started = time.perf_counter()
-        try:
-            self._carry_out(group)
-        except Exception:  # a worker that died would leave every later transfer waiting for ever
-            log.exception("the SSD tier's %s failed; the pages in question count as absent", self._thread.name)
-            for job in group:
-                if not job.ended.is_set():
-                    job.codes[job.codes == 0] = errno.EIO
-        self.busy_s += time.perf_counter() - started
-        for job in group:
-            self.n_bytes += int((job.codes == 0).sum()) * self._page_bytes
-            if not job.ended.is_set():
-                self._end(job)
-
-    def _end(self, job: Job) -> None:
-        self.on_end(job)
-        job.ended.set()
-
-    @abstractmethod
-    def _carry_out(self, group: list[Job]) -> None:
-        """Do the work of all jobs, setting their codes."""
 
     def _buffer(self, row: UInt8Array, lane: int) -> UInt8Array:
         """The memory to transfer a page from or to: the row itself if O_DIRECT can use it, else the lane's own."""
-        if row.nbytes == self._staging.shape[1] and (not self._files.direct or is_aligned(row)):
+        if row.nbytes == self._staging.shape[1] and (is_aligned(row) or not self._files.direct):
             return row
         staging: UInt8Array = self._staging[lane]
         return staging
 
 
-class Writer(Worker):
+class Writer(SsdWorker):
     """Stores pages. The only one to touch the index while it runs."""
 
     def __init__(self, index: SlabIndex, io: PageIo, files: SlabFiles, page_bytes: int, slot_bytes: int) -> None:
@@ -166,7 +87,7 @@ class Writer(Worker):
         self._io.run(True, len(work), start, finish)
 
 
-class Reader(Worker):
+class Reader(SsdWorker):
     """Loads pages and compares their checksums; a job ends as soon as its own pages are in."""
 
     def __init__(self, io: PageIo, files: SlabFiles, page_bytes: int, slot_bytes: int) -> None:
@@ -198,8 +119,3 @@ class Reader(Worker):
                 self._end(job)
 
         self._io.run(False, len(work), start, finish)
-
-
-def describe(code: int) -> str:
-    """What a code other than 0 means, for a log line."""
-    return "wrong checksum" if code == CORRUPT else os.strerror(code)

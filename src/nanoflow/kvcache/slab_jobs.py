@@ -1,0 +1,124 @@
+"""Batches of pages on their way to or from a tier and the threads that carry them, for the DRAM and SSD tiers alike."""
+
+from __future__ import annotations
+
+import errno
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from nanoflow.core.log import get_logger
+from nanoflow.kvcache.slab_table import Int64Array
+from nanoflow.kvcache.tier import BoolArray, UInt8Array
+
+log = get_logger(__name__)
+
+CORRUPT = -1
+"""The code of a page whose bytes do not have the checksum that they were stored with."""
+
+_GROUP_BYTES = 128 << 20  # taken from the queue at once: long enough that what a round costs besides copying is nothing
+
+
+@dataclass
+class Job:
+    """Pages on their way. `codes` says what became of each: 0 well, an errno, or `CORRUPT`."""
+
+    keys: Sequence[bytes]
+    slots: Int64Array
+    rows: Sequence[UInt8Array]
+    checksums: npt.NDArray[np.uint64]
+    forgotten_slots: Sequence[int] = ()
+    codes: Int64Array = field(init=False)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.codes = np.zeros(len(self.keys), dtype=np.int64)
+
+
+class Transfer:
+    """What a caller holds of its pages' way: which of its rows travels as which page of which job."""
+
+    def __init__(self, settle: Callable[[], None], known: BoolArray, parts: Sequence[tuple[int, Job, int]]) -> None:
+        self._settle, self._known, self._parts = settle, known, parts
+        self._jobs = list({id(job): job for _, job, _ in parts}.values())
+
+    def poll(self) -> bool:
+        """Whether it has ended."""
+        if not all(job.ended.is_set() for job in self._jobs):
+            return False
+        self._settle()
+        return True
+
+    def result(self) -> BoolArray:
+        """Wait for the end; which pages were stored or read whole."""
+        for job in self._jobs:
+            job.ended.wait()
+        self._settle()
+        for row, job, i in self._parts:
+            self._known[row] = job.codes[i] == 0
+        return self._known
+
+
+class Worker(ABC):
+    """A thread that carries out jobs in order, many at a time; calls `on_end` (in that thread) for each."""
+
+    def __init__(self, name: str, page_bytes: int) -> None:
+        self.n_bytes = 0
+        self.busy_s = 0.0
+        self.on_end: Callable[[Job], None] = lambda job: None
+        self._page_bytes = page_bytes
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Finish what is queued, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        going = True
+        while going:
+            group: list[Job] = []
+            n_bytes = 0
+            while not group or (n_bytes < _GROUP_BYTES and not self._jobs.empty()):
+                job = self._jobs.get()
+                if job is None:
+                    going = False
+                    break
+                group.append(job)
+                n_bytes += len(job.keys) * self._page_bytes
+            if group:
+                self._round(group)
+
+    def _round(self, group: list[Job]) -> None:
+        started = time.perf_counter()
+        try:
+            self._carry_out(group)
+        except Exception:  # a worker that died would leave every later transfer waiting for ever
+            log.exception("%s failed; the pages in question count as absent", self._thread.name)
+            for job in group:
+                if not job.ended.is_set():
+                    job.codes[job.codes == 0] = errno.EIO
+        self.busy_s += time.perf_counter() - started
+        for job in group:
+            if not job.ended.is_set():
+                self._end(job)
+
+    def _end(self, job: Job) -> None:
+        self.n_bytes += int((job.codes == 0).sum()) * self._page_bytes
+        self.on_end(job)
+        job.ended.set()
+
+    @abstractmethod
+    def _carry_out(self, group: list[Job]) -> None:
+        """Do the work of all jobs, setting their codes; may end them early."""
