@@ -45,7 +45,7 @@ def test_half_precision_falls_back_with_a_reason() -> None:
 
 
 def test_a_backend_of_another_device_is_refused() -> None:
-    with pytest.raises(ConfigError, match="choose auto or one of reference"):
+    with pytest.raises(ConfigError, match="choose auto or one of triton, reference"):
         registry.create("native", "cuda", torch.bfloat16)
 
 
@@ -117,3 +117,24 @@ def test_one_openmp_runtime(native_f32: NativeKernels) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=child_environment()
     )
     assert done.stdout.strip() == repr({str(build.openmp_runtime())})
+
+
+def test_without_a_gpu_triton_refuses_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    offers = registry.available("cuda", torch.bfloat16)
+    assert [name for name, _ in offers] == ["triton", "reference"]
+    assert offers[0][1] is not None
+    assert registry.create("auto", "cuda", torch.bfloat16).name == "reference"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not installed" in str(registry.available("cuda", torch.bfloat16)[0][1])
+    assert "float64" in str(registry.available("cuda", torch.float64)[0][1])
+
+
+def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ConfigError, match=r"capability 7\.5"):
+        registry.create("triton", "cuda", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert registry.available("cuda", torch.bfloat16)[0] == ("triton", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from nanoflow.core.errors import ConfigError
@@ -13,12 +15,16 @@ from nanoflow.kernels.reference import ReferenceKernels
 
 _log = get_logger(__name__)
 
+_TRITON_CAPABILITY = (8, 0)
+
 
 def available(device_type: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
     """Backends, fastest first, each with None if usable for (`device_type`, `dtype`), else the reason why not."""
     offers: list[tuple[str, str | None]] = []
     if device_type == "cpu":
         offers.append(("native", _native_reason(dtype)))
+    if device_type == "cuda":
+        offers.append(("triton", _triton_reason(dtype)))
     return [*offers, ("reference", None)]
 
 
@@ -26,6 +32,21 @@ def _native_reason(dtype: torch.dtype) -> str | None:
     if dtype not in bindings.SUFFIX:
         return f"the C++ kernels are written for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return bindings.unusable_reason()
+
+
+def _triton_reason(dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return (
+            f"the Triton kernels are written for bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install the triton that your torch asks for (pip install triton)"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU; install a CUDA build of torch and check nvidia-smi"
+    capability = torch.cuda.get_device_capability()
+    if capability < _TRITON_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and 8.0 (Ampere) is the least"
+    return None
 
 
 def create(name: str, device_type: str, dtype: torch.dtype) -> Kernels:
@@ -49,4 +70,8 @@ def create(name: str, device_type: str, dtype: torch.dtype) -> Kernels:
         raise ConfigError(f"kernels={name!r} cannot be used here: {reasons[name]}. Choose kernels=auto.")
     if name == "native":
         return NativeKernels(dtype)
+    if name == "triton":
+        from nanoflow.kernels.triton.backend import TritonKernels
+
+        return TritonKernels()
     return ReferenceKernels()
