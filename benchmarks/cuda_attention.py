@@ -37,6 +37,12 @@ DECODE_SWEEP = [
     *(DecodeShape(128, 8, stages, blocks) for stages, blocks in ((2, 3), (3, 3), (4, 2))),
     DecodeShape(128, 4, 3, 3),
 ]
+BULK_SWEEP = [
+    *(DecodeShape(32, 1, stages, blocks, bulk=True) for stages, blocks in ((3, 4), (2, 6), (6, 2), (2, 4), (4, 3))),
+    *(DecodeShape(16, 1, stages, blocks, bulk=True) for stages, blocks in ((3, 8), (4, 6), (2, 12), (6, 4), (2, 8))),
+    *(DecodeShape(64, 1, stages, blocks, bulk=True) for stages, blocks in ((3, 2), (2, 3))),
+    DecodeShape(32, 1, 3, 8, bulk=True),
+]
 PREFILL_SWEEP = [
     *(PrefillShape(128, 64, 8, stages, 1) for stages in (2, 3, 4, 5)),
     *(PrefillShape(128, 128, 8, stages, 1) for stages in (2, 3)),
@@ -212,6 +218,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only the first case of each kind")
     parser.add_argument("--sweep", action="store_true", help="every block shape on the first case, burst only")
     parser.add_argument("--lane-sms", type=int, default=0, help="run on a green context of this many multiprocessors")
+    parser.add_argument("--bulk", action="store_true", help="sweep the decode kernel of the bulk copy engine")
     parser.add_argument("--only", choices=["decode", "prefill"])
     parser.add_argument("--page-tokens", type=int, default=16)
     options = parser.parse_args()
@@ -239,7 +246,8 @@ def main() -> None:
             )
             shapes: list[DecodeShape | PrefillShape | None] = [None]
             if options.sweep:
-                shapes = [*(DECODE_SWEEP if kind == "decode" else PREFILL_SWEEP)]
+                decode_sweep = BULK_SWEEP if options.bulk else DECODE_SWEEP
+                shapes = [*(decode_sweep if kind == "decode" else PREFILL_SWEEP)]
             for shape in shapes:
                 label = f"{kind} {name} {shape or ''}"
                 try:

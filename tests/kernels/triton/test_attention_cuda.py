@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (it is in the dev extra)")
 
+from nanoflow.kernels.triton import decode_bulk
+from nanoflow.kernels.triton.layout import decode_shape
 from nanoflow.kernels.triton.work_lists import DecodePlanner, PrefillPlanner
 from tests.kernels.triton.attention_cases import Case, Model
 
@@ -23,18 +25,29 @@ MODELS = [
     Model(14, 2, 64, window=100),
     Model(6, 2, 96),
     Model(8, 4, 256, window=700),
+    Model(12, 1, 128, page_tokens=8),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 RAGGED = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 500, 1000, 1024, 3333]
 
 
-def decode_planner(model: Model, n_rows: int, lane_sms: int = 132) -> DecodePlanner:
+@pytest.fixture(params=[False, True], ids=["triton", "bulk"])
+def bulk(request: pytest.FixtureRequest) -> bool:
+    """Which decode kernel."""
+    reason = decode_bulk.unusable_reason()
+    if request.param and reason is not None:
+        pytest.skip(reason)
+    return bool(request.param)
+
+
+def decode_planner(model: Model, n_rows: int, bulk: bool, lane_sms: int = 132) -> DecodePlanner:
     return DecodePlanner(
         n_rows=n_rows,
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads,
         head_dim=model.head_dim,
         lane_sms=lane_sms,
+        shape=decode_shape(model.head_dim, bulk),
     )
 
 
@@ -51,20 +64,20 @@ def prefill_planner(model: Model, n_rows: int, n_requests: int, lane_sms: int = 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_decode(model: Model, dtype: torch.dtype) -> None:
+def test_decode(model: Model, dtype: torch.dtype, bulk: bool) -> None:
     torch.manual_seed(0)
     few = Case.random(model, [1] * len(RAGGED), RAGGED, dtype, "cuda", gap=1)
     many = Case.random(model, [1] * 300, torch.randint(1, 700, (300,)).tolist(), dtype, "cuda")
     for case in (few, many):
         for lane_sms in (132, 16):
-            case.check(decode_planner(model, 300, lane_sms))
+            case.check(decode_planner(model, 300, bulk, lane_sms))
 
 
 @pytest.mark.parametrize("contexts", [[], [1], [32768], [32768, 5, 20000, 1], [1024] * 40])
-def test_decode_of_few_and_long(contexts: list[int]) -> None:
+def test_decode_of_few_and_long(contexts: list[int], bulk: bool) -> None:
     torch.manual_seed(1)
     case = Case.random(MODELS[0], [1] * len(contexts), contexts, torch.bfloat16, "cuda")
-    case.check(decode_planner(MODELS[0], 64))
+    case.check(decode_planner(MODELS[0], 64, bulk))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,13 +98,12 @@ def test_prefill_of_few_and_long(lengths: list[int], contexts: list[int]) -> Non
     case.check(prefill_planner(MODELS[0], 8192, 8))
 
 
-def test_one_captured_launch_serves_other_batches() -> None:
+def test_one_captured_launch_serves_other_batches(bulk: bool) -> None:
     """Capture with an empty list, replay with others: the launch depends on nothing in the batch."""
     torch.manual_seed(4)
     model = MODELS[0]
-    planner = decode_planner(model, 32)
-    cases = [Case.random(model, [1] * n, [900] * n, torch.bfloat16, "cuda") for n in (32, 1)]
-    first = cases[0]
+    planner = decode_planner(model, 32, bulk)
+    first = Case.random(model, [1] * 32, [900] * 32, torch.bfloat16, "cuda")
     none = Case.random(model, [], [], torch.bfloat16, "cuda")
     ints, out = none.ints(planner), first.blank(torch.bfloat16)
     first.launch(planner, ints, out)

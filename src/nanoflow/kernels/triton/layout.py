@@ -17,12 +17,16 @@ def kv_shape(n_pages: int, page_tokens: int, n_kv_heads: int, head_dim: int) -> 
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """One decode launch: `keys` a step, warps a block, software pipeline depth, resident blocks a multiprocessor."""
+    """One decode launch: `keys` a step, warps a block, software pipeline depth, resident blocks a multiprocessor.
+
+    `bulk`: the kernel of `decode_bulk` (one warp a block) where it supports the layer, not Triton's.
+    """
 
     keys: int
     warps: int
     stages: int
     blocks_per_sm: int
+    bulk: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def decode_shape(head_dim: int) -> DecodeShape:
+def decode_shape(head_dim: int, bulk: bool = False) -> DecodeShape:
     """The measured choice for a head dimension (`benchmarks/cuda_attention.py` sweeps them)."""
+    if bulk:
+        keys = max(16, 32 * 128 // head_dim) if head_dim >= 128 else 32
+        return DecodeShape(keys=keys, warps=1, stages=3, blocks_per_sm=4 if head_dim >= 128 else 8, bulk=True)
     if padded(head_dim) >= 256:
         return DecodeShape(keys=32, warps=4, stages=2, blocks_per_sm=3)
     return DecodeShape(keys=64, warps=4, stages=2, blocks_per_sm=4)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.batch import Int32Array, Int64Array
+from nanoflow.kernels.triton import decode_bulk
 from nanoflow.kernels.triton.layout import DecodeShape, PrefillShape, decode_shape, prefill_shape
 
 KEY_TILE = 64
@@ -40,8 +41,14 @@ class DecodeWork:
     shape: DecodeShape
 
     @property
-    def n_partials_cap(self) -> int:
-        return self.partial_out.shape[0]
+    def items_at(self) -> int:
+        """Where the items begin in `ints`."""
+        return _items_at(self.n_slots)
+
+    @property
+    def merges_at(self) -> int:
+        """Where the merges begin in `ints`."""
+        return self.items_at + ITEM_INTS * self.n_items_cap
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,8 @@ class PrefillWork:
     shape: PrefillShape
 
 
-def decode_items_at(n_slots: int) -> int:
-    """Where the items begin in the ints of a `DecodePlanner`: after four ints and the slot borders, aligned to 16 B."""
+def _items_at(n_slots: int) -> int:
+    """After four ints and the slot borders, aligned to 16 bytes."""
     return 4 + -(-(n_slots + 1) // 4) * 4
 
 
@@ -74,11 +81,11 @@ class DecodePlanner:
         lane_sms: int,
         shape: DecodeShape | None = None,
     ) -> None:
-        self.shape = shape or decode_shape(head_dim)
+        self.shape = shape or decode_shape(head_dim, bulk=decode_bulk.unusable_reason() is None)
         self.n_slots = max(1, lane_sms * self.shape.blocks_per_sm // n_kv_heads)
         self._n_rows, self._n_heads, self._head_dim = n_rows, n_heads, head_dim
         self._n_items = n_rows + self.n_slots
-        self._items_at = decode_items_at(self.n_slots)
+        self._items_at = _items_at(self.n_slots)
         self._merges_at = self._items_at + ITEM_INTS * self._n_items
         self.n_ints = self._merges_at + MERGE_INTS * self.n_slots
 
