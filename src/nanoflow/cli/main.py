@@ -14,7 +14,21 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nanoflow import __version__
-from nanoflow.cli import analyze, batch, bench, chat, doctor, generate, models, pipeline, profile, search, serve, tune
+from nanoflow.cli import (
+    analyze,
+    batch,
+    bench,
+    chat,
+    doctor,
+    generate,
+    models,
+    pipeline,
+    profile,
+    report,
+    search,
+    serve,
+    tune,
+)
 from nanoflow.cli.parser import SentenceParser
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError, NanoflowError
@@ -48,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": doctor,
     "analyze": analyze,
     "bench": bench,
+    "report": report,
     "profile": profile,
     "search": search,
     "tune": tune,

@@ -62,7 +62,7 @@ def _least(
     def time_us(nano: NanoOp, share: float) -> float:
         cost = costs[nano.op]
         least_s = floors(cost.flops, cost.mem_bytes, rates).bound_s / spec.n_layers
-        return 1e6 * least_s * _part(nano, n_decode, pipeline.dense_batch) / share
+        return 1e6 * least_s * part_of(nano, n_decode, pipeline.dense_batch) / share
 
     source = (
         f"the least that each operation can take by the cost model ({n_decode} of {pipeline.dense_batch} tokens "
@@ -71,7 +71,7 @@ def _least(
     return KnownTimeline(predict(pipeline, graph, time_us), source)
 
 
-def _part(nano: NanoOp, n_decode: int, dense_batch: int) -> float:
+def part_of(nano: NanoOp, n_decode: int, dense_batch: int) -> float:
     """The part of its operation's rows that a nano-operation has: decode rows come first, then prefill rows."""
     first, last = {Op.DECODE_ATTENTION: (0, n_decode), Op.PREFILL_ATTENTION: (n_decode, dense_batch)}.get(
         nano.op, (0, dense_batch)

@@ -1,0 +1,128 @@
+"""Throughput beside the optimal line, as in figure 7 of the paper: a group a workload, a bar an engine.
+
+The dashed line is the steady state of the workload at the machine's rates: what the bounding resource would let
+through if every batch were full. The dotted one is the bound of the batches that there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nanoflow.analysis.svg.axis import number
+from nanoflow.bench.report.bars import Bar, Group, Mark, draw_bars
+from nanoflow.bench.report.figure import Figure, Missing, Section, Table, both, percent
+from nanoflow.bench.result import BenchKind, BenchResult, Bound, Series
+
+KEY, TITLE = "throughput", "Throughput beside the optimum"
+STEADY = "steady state"
+LEGEND = (
+    ("ours", "nanoflow"),
+    ("other", "other engine"),
+    ("line bound", "optimum"),
+    ("line other dots", "bound of its batches"),
+)
+
+
+def throughput(results: Sequence[BenchResult]) -> Section:
+    """Bars of all offline results."""
+    offline = [result for result in results if result.kind is BenchKind.OFFLINE and measured(result)]
+    if not offline:
+        return Missing(KEY, TITLE, "needs a result of `nanoflow bench offline MODEL --workload 512/512 -o FILE`")
+    groups = [_group(title, members) for title, members in _by_workload(offline).items()]
+    rows = tuple(row for result in offline for row in _rows(result))
+    table = Table(
+        "Tokens a second are input and output, mean ± deviation over the runs.",
+        ("workload, engine", "tokens/s", "output tokens/s", "of its batches’ bound", "of the optimum"),
+        rows,
+    )
+    lead = (
+        "Input and output tokens a second. Dashed: the optimum, the workload’s steady state at full batches and "
+        "at this machine’s rates. Dotted: the bound of the batches that there were. Whiskers: deviation over the runs."
+    )
+    charts = both(lambda w, c: draw_bars(groups, w, c, title=TITLE, unit="tokens/s", legend=LEGEND))
+    return Figure(KEY, TITLE, lead, charts, (table,))
+
+
+def measured(result: BenchResult) -> list[Series]:
+    """The series that have runs with a throughput."""
+    return [series for series in result.series if series.runs and "tokens_per_s" in series.numbers]
+
+
+def steady_bound(series: Series) -> Bound | None:
+    """The optimum: the workload's steady state, None where it is unknown."""
+    return next((bound for bound in series.runs[-1].bounds if bound.name.startswith(STEADY)), None)
+
+
+def done_bound(series: Series) -> Bound | None:
+    """The bound of the work that was done."""
+    return next((bound for bound in series.runs[-1].bounds if not bound.name.startswith(STEADY)), None)
+
+
+def engine_label(result: BenchResult, series: Series) -> str:
+    """Whose bar it is."""
+    if result.target != "in process":
+        return f"{series.name}, {result.target}" if len(result.series) > 1 else result.target
+    return f"nanoflow, {series.name}"
+
+
+def workload_label(result: BenchResult) -> str:
+    """Model, precision and lengths."""
+    model = " ".join(word for word in (result.model.name, result.model.dtype) if word)
+    return f"{result.workload.name} on {model}"
+
+
+def value_text(series: Series, name: str) -> str:
+    """A number with its deviation."""
+    deviation = series.numbers.get(f"{name}_deviation")
+    return number(series.numbers[name]) + ("" if deviation is None else f" ± {number(deviation, 2)}")
+
+
+def _by_workload(results: Sequence[BenchResult]) -> dict[str, list[BenchResult]]:
+    found: dict[str, list[BenchResult]] = {}
+    for result in results:
+        found.setdefault(workload_label(result), []).append(result)
+    return found
+
+
+def _group(title: str, results: Sequence[BenchResult]) -> Group:
+    bars, marks = [], {}
+    for result in results:
+        for series in measured(result):
+            ours = result.target == "in process"
+            bound = steady_bound(series)
+            reached = "" if bound is None else f", {percent(bound.percent_of_bound)}"
+            bars.append(
+                Bar(
+                    engine_label(result, series),
+                    series.numbers["tokens_per_s"],
+                    number(series.numbers["tokens_per_s"]) + reached,
+                    "ours" if ours else "other",
+                    series.numbers.get("tokens_per_s_deviation", 0.0),
+                )
+            )
+            if bound is not None:
+                tip = f"optimum {number(bound.tokens_per_s)} tokens/s, {bound.limit}-bound"
+                marks["line bound"] = Mark(bound.tokens_per_s, "line bound", tip)
+            done = done_bound(series)
+            if done is not None and ours:
+                tip = f"bound of the batches {number(done.tokens_per_s)} tokens/s, {done.limit}-bound"
+                marks["line other dots"] = Mark(done.tokens_per_s, "line other dots", tip)
+    return Group(title, bars, list(marks.values()))
+
+
+def _rows(result: BenchResult) -> list[tuple[str, ...]]:
+    rows = []
+    for series in measured(result):
+        done, steady = done_bound(series), steady_bound(series)
+        rows.append(
+            (
+                f"{workload_label(result)}; {engine_label(result, series)}",
+                value_text(series, "tokens_per_s"),
+                value_text(series, "output_tokens_per_s"),
+                *(
+                    "–" if b is None else f"{percent(b.percent_of_bound)} of {number(b.tokens_per_s)} ({b.limit})"
+                    for b in (done, steady)
+                ),
+            )
+        )
+    return rows
