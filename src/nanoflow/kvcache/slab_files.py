@@ -56,6 +56,9 @@ class SlabFiles:
                 fd = self._open(path, os.O_RDWR)
                 if self._read_header(fd) == self._header(number):
                     self._fds[number] = fd
+                    n_bytes = self._bytes_of_slab(number)
+                    if os.fstat(fd).st_size > n_bytes:  # made when the limit was higher
+                        os.ftruncate(fd, n_bytes)
                     continue
                 os.close(fd)
                 log.warning("%s is damaged or of another store; its pages are lost", path)
@@ -67,7 +70,7 @@ class SlabFiles:
         slots: set[int] = set()
         for number, fd in self._fds.items():
             n_whole = (os.fstat(fd).st_size - ALIGNMENT) // self._slot_bytes
-            slots.update(range(number * self._per_slab, number * self._per_slab + min(n_whole, self._per_slab)))
+            slots.update(self.slots_of_slab(number * self._per_slab)[: max(0, n_whole)])
         return slots
 
     def locate(self, slot: int) -> tuple[int, int]:
@@ -78,7 +81,7 @@ class SlabFiles:
     def ensure(self, slot: int) -> None:
         """Make the slot's file, if need be, with space for all its slots. Raises `OSError` (a full disk)."""
         number = slot // self._per_slab
-        n_bytes = ALIGNMENT + len(self.slots_of_slab(slot)) * self._slot_bytes
+        n_bytes = self._bytes_of_slab(number)
         if number not in self._fds:
             self._fds[number] = self._create(number, n_bytes)
         elif os.fstat(self._fds[number]).st_size < n_bytes:  # made when the limit was lower
@@ -119,6 +122,9 @@ class SlabFiles:
         """Close the files; idempotent."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+    def _bytes_of_slab(self, number: int) -> int:
+        return ALIGNMENT + len(self.slots_of_slab(number * self._per_slab)) * self._slot_bytes
 
     def _path(self, number: int) -> Path:
         return self._folder / f"slab-{number:05}.nfkv"

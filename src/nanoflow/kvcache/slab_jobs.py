@@ -73,6 +73,8 @@ class Worker(ABC):
         self.busy_s = 0.0
         self.on_end: Callable[[Job], None] = lambda job: None
         self._page_bytes = page_bytes
+        self._busy_since = 0.0
+        self._counting = threading.Lock()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
@@ -101,7 +103,7 @@ class Worker(ABC):
                 self._round(group)
 
     def _round(self, group: list[Job]) -> None:
-        started = time.perf_counter()
+        self._busy_since = time.perf_counter()
         try:
             self._carry_out(group)
         except Exception:  # a worker that died would leave every later transfer waiting for ever
@@ -109,13 +111,17 @@ class Worker(ABC):
             for job in group:
                 if not job.ended.is_set():
                     job.codes[job.codes == 0] = errno.EIO
-        self.busy_s += time.perf_counter() - started
         for job in group:
             if not job.ended.is_set():
                 self._end(job)
 
     def _end(self, job: Job) -> None:
-        self.n_bytes += int((job.codes == 0).sum()) * self._page_bytes
+        """Count the job and tell its owner. Any thread may call it, once a job."""
+        with self._counting:
+            now = time.perf_counter()
+            self.n_bytes += int((job.codes == 0).sum()) * self._page_bytes
+            self.busy_s += now - self._busy_since
+            self._busy_since = now
         self.on_end(job)
         job.ended.set()
 
