@@ -56,6 +56,9 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             return _decode(arms[0], value, where)
         _require(isinstance(value, tuple(arms)), where, " or ".join(arm.__name__ for arm in arms), value)
         return value
+    if origin is typing.Literal:
+        _require(value in parts, where, f"one of {', '.join(map(str, parts))}", value)
+        return value
     if origin is tuple:
         _require(isinstance(value, list), where, "a list", value)
         if len(parts) == 2 and parts[1] is Ellipsis:

@@ -119,7 +119,8 @@ def draw_roofline(rates: MachineRates, points: Sequence[Point], width: float, cl
     top = canvas.legend(0, 2, legend, width) + 26
     canvas.text(0, top - 10, "GFLOP/s", "tick")
     x_axis = Axis(low, high, 44, width - 12, log=True)
-    y_axis = Axis(lowest, 2 * rates.flops_per_s / 1e9, height - 44, top, log=True)
+    highest = 2 * max(rates.flops_per_s, *(point.flops_per_s for point in points)) / 1e9
+    y_axis = Axis(lowest, highest, height - 44, top, log=True)
     canvas.y_grid(y_axis, 44, width - 12, [(tick, number(tick)) for tick in y_axis.ticks(7)])
     canvas.x_grid(x_axis, top, height - 44, [(tick, number(tick)) for tick in x_axis.ticks(8)])
     canvas.text(width / 2, height - 10, "FLOPs a byte of memory", "tick", "middle")

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nanoflow.analysis.batch_shape import BatchShape, uniform_batch
-from nanoflow.bench.codec import decode
+from nanoflow.bench.codec import decode, encode
 from nanoflow.bench.report.throughput import measured
 from nanoflow.bench.result import BenchKind, BenchResult, Series
 from nanoflow.core.errors import ConfigError, PipelineError
+from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.pipeline.known_times import KnownTimeline, known_timeline
 from nanoflow.pipeline.measured import layer_timeline
@@ -22,6 +23,8 @@ from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.pipeline.plot import measured_timeline
 
 SEQUENTIAL = "sequential"
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,11 @@ def _subject(result: BenchResult, series: Series) -> Subject | None:
     if series.pipeline is None or not result.model.spec:
         return None
     try:
-        spec = decode(ModelSpec, dict(result.model.spec), "model.spec")
+        spec = decode(ModelSpec, encode(result.model.spec), "model.spec")
         pipeline = Pipeline.from_json(json.dumps(series.pipeline))
         known = _timeline(result, series, spec, pipeline)
-    except (ConfigError, PipelineError):  # of a version that knows other models or pipelines
+    except (ConfigError, PipelineError) as error:  # of a version that knows other models or pipelines
+        _log.warning("the pipeline of %s in %s is not drawn: %s", series.name, result.title, error)
         return None
     return None if known is None else Subject(result, series, spec, pipeline, known)
 
