@@ -51,11 +51,16 @@ def bounds_of_run(
 ) -> tuple[Bound, ...]:
     """The bound of the work that was done, then that of the workload's steady state (absent if nothing would fit)."""
     n_tokens = work.prompt_tokens + work.output_tokens
-    found = [_bound(DONE, floors_of_run(work, rates), elapsed_s, n_tokens, rates)]
+    found = [bound_of_work(rates, elapsed_s, work)]
     steady = _steady_floors(engine, rates, n_tokens, prompts, outputs)
     if steady is not None:
         found.append(_bound(STEADY, steady, elapsed_s, n_tokens, rates))
     return tuple(found)
+
+
+def bound_of_work(rates: MachineRates, elapsed_s: float, work: WorkDone) -> Bound:
+    """The bound of the work that was done; tokens that were found in a cache are not among it."""
+    return _bound(DONE, floors_of_run(work, rates), elapsed_s, work.prompt_tokens + work.output_tokens, rates)
 
 
 def _steady_floors(

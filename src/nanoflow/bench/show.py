@@ -50,6 +50,11 @@ def series_lines(series: Series) -> Iterator[str]:
             f"{headline(series, 'decode_tokens_per_iteration')} decode tokens, "
             f"{series.numbers['preemptions']:.0f} preemptions"
         )
+    if "prefill_tokens_computed" in series.numbers:
+        names = ("elapsed_s", "prompt_tokens", "prefill_tokens_computed", "hit_tokens", "ttft_mean_s")
+        elapsed, prompt, computed, hits, first = (headline(series, name) for name in names)
+        yield f"  {elapsed} s, first token after {first} s"
+        yield f"  of {prompt} prompt tokens {computed} were computed, {hits} found in the cache"
     yield from (f"  {line}" for line in _power(series.runs))
     if series.runs and series.runs[-1].bounds:
         for number in range(len(series.runs[-1].bounds)):

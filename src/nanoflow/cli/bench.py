@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     _add_offline(kinds.add_parser("offline", help="all requests at once: throughput", allow_abbrev=False))
     _add_online(kinds.add_parser("online", help="latency against request rate", allow_abbrev=False))
+    _add_multiround(kinds.add_parser("multiround", help="conversations: what KV reuse saves", allow_abbrev=False))
 
 
 def _add_offline(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +62,21 @@ def _add_online(parser: argparse.ArgumentParser) -> None:
     add_endpoint(group)
     add_output(group)
     parser.set_defaults(bench=run_online)
+
+
+def _add_multiround(parser: argparse.ArgumentParser) -> None:
+    options.add_engine_options(parser)
+    group = parser.add_argument_group("benchmark")
+    columns = "conv_id, turn, history_len, new_input_len, output_len"
+    group.add_argument("--trace", type=Path, metavar="FILE.csv", required=True, help=f"with the columns {columns}")
+    group.add_argument("--conversations", type=int, default=50, metavar="N", help="how many (default 50)")
+    group.add_argument("--concurrent", type=int, default=32, metavar="N", help="at the same time (default 32)")
+    group.add_argument("--think-seconds", type=float, default=0.0, help="mean pause before the next round (default 0)")
+    group.add_argument("--max-total-tokens", type=int, metavar="N", help="end a conversation before it grows longer")
+    group.add_argument("--max-turns", type=int, metavar="N", help="end a conversation after so many rounds")
+    group.add_argument("--runs", type=int, default=1, metavar="N", help="measured repeats of each (default 1)")
+    add_output(group)
+    parser.set_defaults(bench=run_multiround)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,6 +150,32 @@ def run_online(args: argparse.Namespace) -> BenchResult:
             return online_in_process(config, settings, command=command_line(), on_progress=tell, show_progress=show)
         endpoint, model, vocab_size = endpoint_of(args, config)
         return online_endpoint(endpoint, model, vocab_size, settings, command=command_line(), on_progress=tell)
+
+
+def run_multiround(args: argparse.Namespace) -> BenchResult:
+    """Conversations with and without reuse of their KV cache."""
+    from nanoflow.bench.environment import command_line
+    from nanoflow.bench.multiround import MultiroundOptions, run_multiround
+    from nanoflow.bench.traces import read_conversations
+    from nanoflow.cli.progress import TaskBar
+
+    config = engine_config(args)
+    settings = MultiroundOptions(
+        conversations=args.conversations,
+        concurrent=args.concurrent,
+        think_s=args.think_seconds,
+        runs=args.runs,
+        seed=config.model.seed,
+        max_total_tokens=args.max_total_tokens,
+        max_turns=args.max_turns,
+    )
+    trace = read_conversations(args.trace)
+    show = sys.stderr.isatty()
+    with TaskBar("benchmark", show=show) as bar:
+        tell = bar.tasks if show else None
+        return run_multiround(
+            config, args.trace.stem, trace, settings, command=command_line(), on_progress=tell, show_progress=show
+        )
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

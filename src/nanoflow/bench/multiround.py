@@ -1,0 +1,161 @@
+"""`nanoflow bench multiround`: conversations with and without reuse of their KV cache.
+
+Both run the same conversations with the same seeds, on engines built for the purpose, in turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanoflow.bench import environment
+from nanoflow.bench.bounds import bound_of_work, rates_of
+from nanoflow.bench.conversations import ConversationSet, choose_conversations
+from nanoflow.bench.engines import built
+from nanoflow.bench.numbers import energy_of, latency_numbers, over_runs
+from nanoflow.bench.result import BenchKind, BenchResult, MachineInfo, ModelInfo, Run, Series
+from nanoflow.bench.rounds import Conversing, RoundsRecord
+from nanoflow.bench.session import OnProgress
+from nanoflow.bench.traces import Conversation
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import ConfigError
+from nanoflow.core.hardware import MachineRates
+from nanoflow.engine.build import Engine
+
+REUSE, NO_REUSE = "reuse", "no reuse"
+
+
+@dataclass(frozen=True)
+class MultiroundOptions:
+    """`conversations` of the trace, `concurrent` of them at a time, each cut at `max_total_tokens` or `max_turns`."""
+
+    conversations: int = 50
+    concurrent: int = 32
+    think_s: float = 0.0
+    runs: int = 1
+    seed: int = 0
+    max_total_tokens: int | None = None
+    max_turns: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.concurrent, self.runs) < 1 or self.think_s < 0:
+            raise ConfigError("a benchmark needs at least 1 run and 1 conversation at a time, and no negative pause.")
+
+
+@dataclass
+class _Found:
+    """What is the same for all engines of the benchmark."""
+
+    talks: ConversationSet
+    machine: MachineInfo
+    model: ModelInfo
+    engine: dict[str, object]
+
+
+def run_multiround(
+    config: EngineConfig,
+    name: str,
+    trace: list[Conversation],
+    options: MultiroundOptions,
+    *,
+    command: tuple[str, ...] = (),
+    on_progress: OnProgress | None = None,
+    show_progress: bool = False,
+) -> BenchResult:
+    """With and without reuse, `runs` times in turn. Raises the errors of `build_engine`."""
+    started_at = environment.now_text()
+    runs: dict[str, list[Run]] = {REUSE: [], NO_REUSE: []}
+    found: _Found | None = None
+    for number in range(options.runs):
+        for variant, kept in runs.items():
+            chosen = config.with_options("cache", enable_prefix_caching=variant == REUSE)
+            with built(chosen, show_progress=show_progress) as engine:
+                rates = rates_of(engine)
+                found = found or _find(engine, rates, name, trace, options)
+                seed = options.seed + number
+                talk = Conversing(
+                    engine, found.talks, seed=seed, concurrent=options.concurrent, think_s=options.think_s
+                )
+                kept.append(_run(rates, talk.run(_telling(variant, on_progress)), found.talks, seed))
+    assert found is not None
+    series = tuple(
+        Series(variant, tuple(kept), over_runs(kept), options={"enable_prefix_caching": variant == REUSE})
+        for variant, kept in runs.items()
+    )
+    return BenchResult(
+        kind=BenchKind.MULTIROUND,
+        title=f"{found.model.name}, {name}, {options.conversations} conversations, {options.concurrent} at a time",
+        started_at=started_at,
+        command=command,
+        versions=environment.versions(),
+        machine=found.machine,
+        model=found.model,
+        workload=found.talks.info(),
+        series=series,
+        engine=found.engine,
+        seeds=tuple(options.seed + number for number in range(options.runs)),
+        numbers=comparison(series[0], series[1], found.talks),
+    )
+
+
+def comparison(reuse: Series, no_reuse: Series, talks: ConversationSet) -> dict[str, float]:
+    """What reuse saved, beside what the trace's own history columns predict."""
+    computed, all_of_them = (one.numbers["prefill_tokens_computed"] for one in (reuse, no_reuse))
+    return {
+        "predicted_saved_prefill_percent": 100.0 * talks.history_tokens / talks.prompt_tokens,
+        "saved_prefill_percent": 100.0 * (1.0 - computed / all_of_them),
+        "prefill_ratio": all_of_them / computed,
+        "total_time_ratio": no_reuse.numbers["elapsed_s"] / reuse.numbers["elapsed_s"],
+        "ttft_mean_ratio": no_reuse.numbers["ttft_mean_s"] / reuse.numbers["ttft_mean_s"],
+    }
+
+
+def _find(
+    engine: Engine, rates: MachineRates, name: str, trace: list[Conversation], options: MultiroundOptions
+) -> _Found:
+    longest = engine.submission.max_model_len
+    talks = choose_conversations(
+        name,
+        trace,
+        options.conversations,
+        seed=options.seed,
+        max_total_tokens=min(longest, options.max_total_tokens or longest),
+        max_turns=options.max_turns,
+    )
+    return _Found(
+        talks,
+        environment.machine_info(engine, rates),
+        environment.model_info(engine),
+        environment.engine_options(engine.config),
+    )
+
+
+def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed: int) -> Run:
+    record, columns = rounds.record, rounds.columns()
+    work, elapsed = record.work, record.elapsed_s
+    hits = float(sum(int(value or 0) for value in columns["cached_tokens"]))
+    numbers = {
+        "elapsed_s": elapsed,
+        "rounds": float(len(record.sequences)),
+        "prompt_tokens": float(talks.prompt_tokens),
+        "prefill_tokens_computed": float(work.prompt_tokens),
+        "hit_tokens": hits,
+        "output_tokens": float(work.output_tokens),
+        "tokens_per_s": (talks.prompt_tokens + work.output_tokens) / elapsed,
+        "output_tokens_per_s": work.output_tokens / elapsed,
+        "recomputed_tokens": float(work.recomputed_tokens),
+        "preemptions": float(record.preemptions),
+    } | latency_numbers(columns)
+    return Run(
+        seed=seed,
+        elapsed_s=elapsed,
+        numbers=numbers,
+        bounds=(bound_of_work(rates, elapsed, work),),
+        energy=energy_of(record.energy_j, elapsed, work.prompt_tokens + work.output_tokens, work.output_tokens),
+        requests=columns,
+    )
+
+
+def _telling(variant: str, on_progress: OnProgress | None) -> OnProgress | None:
+    if on_progress is None:
+        return None
+    return lambda done, total, word: on_progress(done, total, f"{variant}, {word}")
