@@ -5,8 +5,11 @@ top-p or min-p first get a floor (`sample_floor`): the lowest logit they keep.
 
 Noise is that of `kernels.noise`, in 32-bit arithmetic. Scores are in units of log 2, without the terms that all tokens
 of a row share: logit · log₂(e)/T - log₂(-log₂ u). Near u = 1, where large noise comes from, the hardware's logarithm
-loses its relative precision, so -log₂ u is a series in 1 - u there. Scores agree with the reference to about 1e-5, so
-the tokens do too except for ties nearer than that; equal scores give the lowest token.
+loses its relative precision, so -log₂ u is a series in 1 - u there. The loop is bound by integer arithmetic, so which
+token of a thread's group was best is worked out afterwards, by doing that group again.
+
+Scores agree with the reference to about 1e-5, so the tokens do too except for ties nearer than that; equal scores give
+the lowest token.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from nanoflow.kernels.triton import launch
 from nanoflow.kernels.triton.sample_floor import row_floors
@@ -34,25 +36,68 @@ def fmix32(h):
 
 @triton.jit
 def log2_of(x, FAST: tl.constexpr):
-    """log₂ in float32; FAST: the hardware's own approximation, which the interpreter lacks."""
+    """log₂ of normal numbers in float32; FAST: one instruction, which the interpreter lacks."""
     if FAST:
-        return libdevice.fast_log2f(x)
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.log2(x)
 
 
 @triton.jit
 def noise_log2(v, low, high, FAST: tl.constexpr):
-    """log₂(-log₂ u) of the uniform variable u that `kernels.noise` draws for tokens `v` (uint32) and a key's halves."""
+    """log₂(-log₂ u) of the uniform variable u that `kernels.noise` draws for tokens `v` (uint32) and a key's halves.
+
+    Away from u = 1 the series is too small, near it the lowered logarithm is: the larger is right.
+    """
     h = fmix32(fmix32(v * 0x9E3779B1 + low) ^ high)
     one_to_two = ((h >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
     u = one_to_two - 0.999999940395355224609375  # 1 - 2⁻²⁴: the result is exact
     rest = 1.0 - u
     series = rest * (
-        1.4426950408889634
-        + rest * (0.7213475204444817 + rest * (0.4808983469629878 + rest * (0.36067376022224085 + rest * 0.288539)))
+        1.4426950408889634 + rest * (0.7213475204444817 + rest * (0.4808983469629878 + rest * 0.36067376022224085))
     )
-    return log2_of(tl.where(rest < 0.03125, series, -log2_of(u, FAST)), FAST)
+    return log2_of(tl.maximum(series, -3.0e-7 - log2_of(u, FAST)), FAST)
+
+
+@triton.jit
+def _scores(
+    row_ptr, v, end, factor, floor, low, high,
+    NOISY: tl.constexpr, HAS_FLOOR: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """What the chosen token has most of, for tokens `v`; -inf from `end` on and below the floor."""
+    logit = tl.load(row_ptr + v, mask=v < end, other=float("-inf")).to(tl.float32)
+    if HAS_FLOOR:
+        logit = tl.where(logit >= floor, logit, float("-inf"))
+    if NOISY:
+        return logit * factor - noise_log2(v.to(tl.uint32), low, high, FAST)
+    else:
+        return logit
+
+
+@triton.jit
+def _best_of(
+    row_ptr, first, end, factor, floor, low, high,
+    NOISY: tl.constexpr, HAS_FLOOR: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """(best score, its token) of tokens [first, end). A thread's neighbours in a step, a group, share one record."""
+    N_GROUPS: tl.constexpr = BLOCK // GROUP
+    best_g = tl.full([N_GROUPS], float("-inf"), tl.float32)
+    start_g = tl.zeros([N_GROUPS], tl.int32) + first
+    for start in range(first, end, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        score = _scores(row_ptr, v, end, factor, floor, low, high, NOISY, HAS_FLOOR, FAST)
+        group_best = tl.max(tl.reshape(score, (N_GROUPS, GROUP)), 1)
+        better = group_best > best_g
+        best_g = tl.where(better, group_best, best_g)
+        start_g = tl.where(better, start, start_g)
+    token_g = start_g + tl.arange(0, N_GROUPS) * GROUP
+    token = tl.min(tl.where(best_g == tl.max(best_g, 0), token_g, 0x7FFFFFFF), 0)
+    v = token + tl.arange(0, GROUP)
+    score = _scores(row_ptr, v, end, factor, floor, low, high, NOISY, HAS_FLOOR, FAST)
+    best = tl.max(score, 0)
+    return best, tl.min(tl.where((score == best) & (v < end), v, end - 1), 0)
 
 
 @triton.jit
@@ -67,48 +112,35 @@ def _draw(
     V,
     split_width,
     n_splits,
-    HAS_FLOOR: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     first = split * split_width
     end = tl.minimum(first + split_width, V)
-    lane = tl.arange(0, BLOCK)
     row_ptr = logits_ptr + row * stride
-    best_b = tl.full([BLOCK], float("-inf"), tl.float32)
-    token_b = tl.zeros([BLOCK], tl.int32)
     temperature = tl.load(temperature_ptr + row)
-    if temperature > 0.0:
-        factor = 1.4426950408889634 / tl.maximum(temperature, 1.0e-6)
-        key = tl.load(keys_ptr + row)
-        low = key.to(tl.uint32)
-        high = (key >> 32).to(tl.uint32)
-        floor = float("-inf")
-        if HAS_FLOOR:
-            floor = tl.load(floor_ptr + row)
-        for start in range(first, end, BLOCK):
-            v = start + lane
-            logit = tl.load(row_ptr + v, mask=v < end, other=float("-inf")).to(tl.float32)
-            if HAS_FLOOR:
-                logit = tl.where(logit >= floor, logit, float("-inf"))
-            score = logit * factor - noise_log2(v.to(tl.uint32), low, high, FAST)
-            better = score > best_b
-            best_b = tl.where(better, score, best_b)
-            token_b = tl.where(better, v, token_b)
+    floor = tl.load(floor_ptr + row)
+    key = tl.load(keys_ptr + row)
+    low = key.to(tl.uint32)
+    high = (key >> 32).to(tl.uint32)
+    factor = 1.4426950408889634 / tl.maximum(temperature, 1.0e-6)
+    if temperature <= 0.0:
+        best, token = _best_of(
+            row_ptr, first, end, factor, floor, low, high, False, False, FAST, BLOCK, GROUP
+        )  # fmt: skip
+    elif floor == float("-inf"):
+        best, token = _best_of(
+            row_ptr, first, end, factor, floor, low, high, True, False, FAST, BLOCK, GROUP
+        )  # fmt: skip
     else:
-        for start in range(first, end, BLOCK):
-            v = start + lane
-            logit = tl.load(row_ptr + v, mask=v < end, other=float("-inf")).to(tl.float32)
-            better = logit > best_b
-            best_b = tl.where(better, logit, best_b)
-            token_b = tl.where(better, v, token_b)
-    best = tl.max(best_b, 0)
-    token = tl.min(tl.where(best_b == best, token_b, V), 0)
-    at = row * n_splits + split
-    tl.store(best_ptr + at, best)
-    tl.store(token_ptr + at, tl.minimum(token, V - 1))
+        best, token = _best_of(
+            row_ptr, first, end, factor, floor, low, high, True, True, FAST, BLOCK, GROUP
+        )  # fmt: skip
+    tl.store(best_ptr + row * n_splits + split, best)
+    tl.store(token_ptr + row * n_splits + split, token)
 
 
 @triton.jit
@@ -151,9 +183,9 @@ def sample(
         n_vocab,
         split_width,
         n_splits,
-        HAS_FLOOR=True,
         FAST=not launch.is_interpreted(),
         BLOCK=_BLOCK,
+        GROUP=16 // logits_sv.element_size(),
         num_warps=4,
     )
     if n_splits > 1:
