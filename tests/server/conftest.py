@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +61,12 @@ class RunningServer:
 @contextlib.contextmanager
 def running_server(engine: Engine, **options: Any) -> Iterator[RunningServer]:
     """Serve `engine` on a free port until the block ends; `options` are those of `ServerConfig`."""
-    config = ServerConfig(**({"port": 0, "api_key": None, "drain_s": 0.0} | options))
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _running(engine, {"port": 0, "api_key": None, "drain_s": 0.0, "data_dir": folder} | options)
+
+
+def _running(engine: Engine, options: dict[str, Any]) -> Iterator[RunningServer]:
+    config = ServerConfig(**options)
     with listen(config) as listener:
         server = make_server(engine, config)
         thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listener]),), daemon=True)

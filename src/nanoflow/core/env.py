@@ -15,6 +15,15 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "nanoflow"
 
 
+def data_dir() -> Path:
+    """What must outlive a cache: `$NANOFLOW_DATA`, else `$XDG_DATA_HOME/nanoflow`, else `~/.local/share/nanoflow`."""
+    explicit = os.environ.get("NANOFLOW_DATA")
+    if explicit:
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(base).expanduser() / "nanoflow"
+
+
 def api_key() -> str | None:
     """The server's API key from `$NANOFLOW_API_KEY`; an empty value counts as unset."""
     return os.environ.get("NANOFLOW_API_KEY") or None

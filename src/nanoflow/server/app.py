@@ -11,23 +11,33 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from nanoflow import __version__
+from nanoflow.server.batch_service import BatchService
+from nanoflow.server.batches import add_batches
 from nanoflow.server.config import ServerConfig
 from nanoflow.server.dashboard import add_dashboard
-from nanoflow.server.endpoints import ChatEndpoint, CompletionEndpoint, unknown_model
+from nanoflow.server.endpoints import generation_endpoints, unknown_model
 from nanoflow.server.engine_api import Engine, served_model_name
 from nanoflow.server.errors import ApiError, encode_json, shutting_down
+from nanoflow.server.files import add_files
 from nanoflow.server.guard import KNOWN_PATHS, Guard, ServerState
 from nanoflow.server.metrics import Metrics
 
 
 def create_app(engine: Engine, server_config: ServerConfig) -> FastAPI:
-    """The OpenAI-compatible API over a running engine; `app.state.server` is its `ServerState`."""
+    """The OpenAI-compatible API over a running engine; `app.state.server` is its `ServerState`.
+
+    `app.state.batches` is its `BatchService`; who runs the app calls its `start` and `stop`.
+    """
     metrics = Metrics(engine)
     state = ServerState()
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = state
-    app.add_route("/v1/chat/completions", ChatEndpoint(engine, server_config, metrics), ["POST"])  # type: ignore[arg-type]
-    app.add_route("/v1/completions", CompletionEndpoint(engine, server_config, metrics), ["POST"])  # type: ignore[arg-type]
+    endpoints = generation_endpoints(engine, server_config, metrics)
+    for path, endpoint in endpoints.items():
+        app.add_route(path, endpoint, ["POST"])  # type: ignore[arg-type]
+    app.state.batches = BatchService(engine, endpoints, server_config)
+    add_files(app, app.state.batches.store, server_config)
+    add_batches(app, app.state.batches, server_config, served_model_name(engine))
     _add_information(app, engine, state, metrics)
     app.state.feed = add_dashboard(app, engine, state, metrics)
     app.add_exception_handler(HTTPException, _routing_error)

@@ -12,7 +12,7 @@ from nanoflow.batch.responder import Prepared, Response
 from nanoflow.core.errors import EngineDeadError, QueueFullError
 from nanoflow.server.config import ServerConfig
 from nanoflow.server.delivery import whole_answer
-from nanoflow.server.endpoints import ChatEndpoint, CompletionEndpoint, GenerationEndpoint, Job
+from nanoflow.server.endpoints import GenerationEndpoint, Job, generation_endpoints
 from nanoflow.server.engine_api import Engine
 from nanoflow.server.errors import ApiError, bad_request, to_api_error
 from nanoflow.server.generation import Generation
@@ -55,8 +55,9 @@ class EngineResponder:
         return Response(200, body, uuid4().hex, counts["prompt_tokens"], counts["completion_tokens"])
 
     def crowded(self) -> bool:
-        """Whether requests wait for a place in the engine."""
-        return self._engine.stats().n_waiting > 0
+        """Whether somebody asks over HTTP while requests wait for a place in the engine."""
+        interactive = any(endpoint.n_active for endpoint in self._endpoints.values())
+        return interactive and self._engine.stats().n_waiting > 0
 
     def _engine_has_stopped(self, exc: Exception) -> bool:
         """Whether it is not the request's fault that it failed: it will be answered by the next run."""
@@ -86,15 +87,7 @@ class OfflineResponder(EngineResponder):
 def offline_responder(engine: Engine) -> OfflineResponder:
     """A responder for an engine without a server."""
     config, metrics = ServerConfig(api_key=None), Metrics(engine)
-    return OfflineResponder(engine, batch_endpoints(engine, config, metrics))
-
-
-def batch_endpoints(engine: Engine, config: ServerConfig, metrics: Metrics) -> dict[str, GenerationEndpoint]:
-    """What a line may ask for, by url."""
-    return {
-        "/v1/chat/completions": ChatEndpoint(engine, config, metrics),
-        "/v1/completions": CompletionEndpoint(engine, config, metrics),
-    }
+    return OfflineResponder(engine, generation_endpoints(engine, config, metrics))
 
 
 def _prepared(request: BatchRequest, job: Job) -> Prepared:

@@ -32,6 +32,9 @@ class ServerConfig:
     receive_timeout_s: float = _doc("seconds a client may take to send its headers, and again its body", default=30.0)
     send_timeout_s: float = _doc("seconds a client may leave a response unread before it is cut off", default=60.0)
     keep_alive_s: int = _doc("seconds an idle connection stays open", default=30)
+    data_dir: str | None = _doc("folder of uploaded files and batches; one server each", default=None)
+    max_file_bytes: int = _doc("largest uploaded file in bytes", default=1 << 30)
+    batch_in_flight: int | None = _doc("most choices of batches in the engine at once", default=None)
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -40,9 +43,11 @@ class ServerConfig:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}.")
         if self.api_key is not None and not self.api_key:
             raise ConfigError("api_key is empty; leave it out to serve without a key.")
-        for name in ("max_body_bytes", "max_n", "max_prompts", "max_connections", "keep_alive_s"):
+        for name in ("max_body_bytes", "max_n", "max_prompts", "max_connections", "keep_alive_s", "max_file_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.batch_in_flight is not None and self.batch_in_flight < 1:
+            raise ConfigError(f"batch_in_flight must be at least 1, not {self.batch_in_flight}.")
         if not self.drain_s >= 0:
             raise ConfigError(f"drain_s must be at least 0, not {self.drain_s}.")
         for name in ("receive_timeout_s", "send_timeout_s"):

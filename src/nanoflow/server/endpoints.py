@@ -50,6 +50,7 @@ class GenerationEndpoint(ABC):
         self.config = config
         self.metrics = metrics
         self.model = served_model_name(engine)
+        self.n_active = 0  # HTTP requests being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_json_object(scope, receive, self.config)
@@ -57,6 +58,13 @@ class GenerationEndpoint(ABC):
 
     async def _serve(self, body: dict[str, Any], send: Send, request_id: str) -> None:
         job = await self.prepare(body)
+        self.n_active += 1
+        try:
+            await self._generate(job, send, request_id)
+        finally:
+            self.n_active -= 1
+
+    async def _generate(self, job: Job, send: Send, request_id: str) -> None:
         async with Generation(self.engine, self.metrics.latencies, job.prompts) as generation:
             if job.stream:
                 await send_stream(send, generation, job.answer, self.metrics, request_id)
@@ -227,3 +235,11 @@ class CompletionEndpoint(GenerationEndpoint):
         if isinstance(prompt, str):
             return prompt
         return self.engine.tokenizer.decode(prompt, skip_special_tokens=False)
+
+
+def generation_endpoints(engine: Engine, config: ServerConfig, metrics: Metrics) -> dict[str, GenerationEndpoint]:
+    """Both endpoints by path."""
+    return {
+        "/v1/chat/completions": ChatEndpoint(engine, config, metrics),
+        "/v1/completions": CompletionEndpoint(engine, config, metrics),
+    }

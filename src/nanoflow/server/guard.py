@@ -19,7 +19,10 @@ from nanoflow.server.errors import ApiError, ClientGoneError, shutting_down, to_
 from nanoflow.server.metrics import Metrics
 
 OPEN_PATHS = ("/health", "/dashboard", "/dashboard/")
-KNOWN_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version", "/metrics", "/dashboard")
+KNOWN_PATHS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/files", "/v1/batches"),
+    *("/health", "/version", "/metrics", "/dashboard"),
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
@@ -110,6 +113,7 @@ def _request_id(scope: Scope) -> str:
 
 def _label(path: str) -> str:
     """The path as a metric label: the known ones only, so that clients cannot make new series."""
-    if path.startswith("/v1/models/"):
-        return "/v1/models/{model}"
+    for family in ("/v1/models/", "/v1/files/", "/v1/batches/"):
+        if path.startswith(family):
+            return family + "{id}"
     return path if path in KNOWN_PATHS else "other"

@@ -15,6 +15,7 @@ import uvicorn
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.log import get_logger
 from nanoflow.server.app import create_app
+from nanoflow.server.batch_service import BatchService
 from nanoflow.server.config import ServerConfig
 from nanoflow.server.engine_api import Engine, served_model_name
 from nanoflow.server.guard import ServerState
@@ -32,11 +33,14 @@ class DrainingServer(uvicorn.Server):
     `should_exit = True` starts the drain, as SIGTERM and SIGINT do; a second signal ends it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float, state: ServerState) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, drain_s: float, state: ServerState, batches: BatchService
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain_s = drain_s
         self._state = state
+        self._batches = batches
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -57,6 +61,11 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
         self._state.draining = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and go on with the batches that an earlier server did not finish."""
+        await super().startup(sockets)
+        self._batches.start()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, let running requests finish for `drain_s`, abort the rest with an error."""
         self._state.draining = True
@@ -64,6 +73,7 @@ class DrainingServer(uvicorn.Server):
         log.info(
             "Shutting down; %d requests may run for up to %g s (signal again to stop at once).", n_busy, self._drain_s
         )
+        await self._batches.stop()
         drain = asyncio.create_task(self._drain())
         try:
             await super().shutdown(sockets)
@@ -98,7 +108,7 @@ def make_server(engine: Engine, config: ServerConfig) -> DrainingServer:
         timeout_keep_alive=config.keep_alive_s,
         timeout_graceful_shutdown=int(config.drain_s + _LAST_WORDS_S + 1),
     )
-    return DrainingServer(uvicorn_config, engine, config.drain_s, app.state.server)
+    return DrainingServer(uvicorn_config, engine, config.drain_s, app.state.server, app.state.batches)
 
 
 def listen(config: ServerConfig) -> socket.socket:
