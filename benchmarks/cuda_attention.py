@@ -44,6 +44,7 @@ BULK_SWEEP = [
     DecodeShape(32, 1, 3, 8, bulk=True),
 ]
 PREFILL_SWEEP = [
+    layout.prefill_shape(HEAD_DIM, bulk=True),
     *(PrefillShape(128, 64, 8, stages, 1) for stages in (2, 3, 4, 5)),
     *(PrefillShape(128, 128, 8, stages, 1) for stages in (2, 3)),
     *(PrefillShape(64, 64, 4, stages, 2) for stages in (2, 3, 4)),

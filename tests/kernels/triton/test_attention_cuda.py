@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (it is in the dev extra)")
 
-from nanoflow.kernels.triton import decode_bulk
-from nanoflow.kernels.triton.layout import decode_shape
+from nanoflow.kernels.triton import prefill_bulk
+from nanoflow.kernels.triton.layout import decode_shape, prefill_shape
 from nanoflow.kernels.triton.work_lists import DecodePlanner, PrefillPlanner
 from tests.kernels.triton.attention_cases import Case, Model
 
@@ -33,8 +33,8 @@ RAGGED = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 500, 1000, 1024, 3333]
 
 @pytest.fixture(params=[False, True], ids=["triton", "bulk"])
 def bulk(request: pytest.FixtureRequest) -> bool:
-    """Which decode kernel."""
-    reason = decode_bulk.unusable_reason()
+    """Whether the kernels in CUDA C++ run, not Triton's."""
+    reason = prefill_bulk.unusable_reason()
     if request.param and reason is not None:
         pytest.skip(reason)
     return bool(request.param)
@@ -51,7 +51,7 @@ def decode_planner(model: Model, n_rows: int, bulk: bool, lane_sms: int = 132) -
     )
 
 
-def prefill_planner(model: Model, n_rows: int, n_requests: int, lane_sms: int = 132) -> PrefillPlanner:
+def prefill_planner(model: Model, n_rows: int, n_requests: int, bulk: bool, lane_sms: int = 132) -> PrefillPlanner:
     return PrefillPlanner(
         n_rows=n_rows,
         n_requests=n_requests,
@@ -59,6 +59,7 @@ def prefill_planner(model: Model, n_rows: int, n_requests: int, lane_sms: int = 
         n_kv_heads=model.n_kv_heads,
         head_dim=model.head_dim,
         lane_sms=lane_sms,
+        shape=prefill_shape(model.head_dim, bulk),
     )
 
 
@@ -82,20 +83,20 @@ def test_decode_of_few_and_long(contexts: list[int], bulk: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_prefill(model: Model, dtype: torch.dtype) -> None:
+def test_prefill(model: Model, dtype: torch.dtype, bulk: bool) -> None:
     torch.manual_seed(2)
     lengths = [1, 2, 0, 16, 17, 63, 64, 65, 500, 1, 130, 1024, 33]
     contexts = [1, 90, 10, 16, 40, 63, 200, 65, 500, 3333, 1000, 1024, 2048]
     case = Case.random(model, lengths, contexts, dtype, "cuda", gap=1)
     for lane_sms in (132, 16):
-        case.check(prefill_planner(model, sum(lengths), len(lengths), lane_sms))
+        case.check(prefill_planner(model, sum(lengths), len(lengths), bulk, lane_sms))
 
 
 @pytest.mark.parametrize(("lengths", "contexts"), [([], []), ([40], [32768]), ([5000], [5000])])
-def test_prefill_of_few_and_long(lengths: list[int], contexts: list[int]) -> None:
+def test_prefill_of_few_and_long(lengths: list[int], contexts: list[int], bulk: bool) -> None:
     torch.manual_seed(3)
     case = Case.random(MODELS[0], lengths, contexts, torch.bfloat16, "cuda")
-    case.check(prefill_planner(MODELS[0], 8192, 8))
+    case.check(prefill_planner(MODELS[0], 8192, 8, bulk))
 
 
 def test_one_captured_launch_serves_other_batches(bulk: bool) -> None:

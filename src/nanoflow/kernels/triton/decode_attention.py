@@ -175,9 +175,7 @@ def decode_attention(
             work,
             page_table,
             out_tn,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
+            group=group,
             scale_log2=scale * LOG2_E,
             window=window,
         )

@@ -31,13 +31,17 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class PrefillShape:
-    """One prefill launch: `rows` (queries × heads of a KV head) and `keys` a step, warps, stages, blocks a SM."""
+    """One prefill launch: `rows` (queries × heads of a KV head) and `keys` a step, warps, stages, blocks a SM.
+
+    `bulk`: the kernel of `prefill_bulk` (which sets all but `rows` itself) where it supports the layer, not Triton's.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
     blocks_per_sm: int
+    bulk: bool = False
 
 
 def padded(n: int) -> int:
@@ -55,8 +59,10 @@ def decode_shape(head_dim: int, bulk: bool = False) -> DecodeShape:
     return DecodeShape(keys=64, warps=4, stages=2, blocks_per_sm=4)
 
 
-def prefill_shape(head_dim: int) -> PrefillShape:
+def prefill_shape(head_dim: int, bulk: bool = False) -> PrefillShape:
     """The measured choice for a head dimension (`benchmarks/cuda_attention.py` sweeps them)."""
+    if bulk:
+        return PrefillShape(rows=128, keys=128, warps=12, stages=2, blocks_per_sm=1, bulk=True)
     if padded(head_dim) >= 256:
         return PrefillShape(rows=128, keys=32, warps=8, stages=2, blocks_per_sm=1)
     return PrefillShape(rows=128, keys=64, warps=8, stages=3, blocks_per_sm=1)

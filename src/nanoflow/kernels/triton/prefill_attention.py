@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow.kernels.triton import work_lists
-from nanoflow.kernels.triton.layout import padded
+from nanoflow.kernels.triton import prefill_bulk, work_lists
+from nanoflow.kernels.triton.layout import padded, prefill_shape
 from nanoflow.kernels.triton.work_lists import PrefillWork
 
 LOG2_E = 1.4426950408889634
@@ -157,7 +157,13 @@ def prefill_attention(
 
     The launch depends on `work`'s sizes alone, not on what it lists, which may be nothing.
     """
-    shape = work.shape
+    group = n_heads // n_kv_heads
+    if work.shape.bulk and prefill_bulk.supports(kv_layer, group):
+        prefill_bulk.launch(
+            qkv_tn, kv_layer, work, page_table, out_tn, group=group, scale_log2=scale * LOG2_E, window=window
+        )
+        return
+    shape = prefill_shape(head_dim) if work.shape.bulk else work.shape
     _prefill[(work.n_blocks,)](
         qkv_tn,
         qkv_tn.stride(0),
@@ -169,7 +175,7 @@ def prefill_attention(
         scale * LOG2_E,
         window or 0,
         N_KV=n_kv_heads,
-        GROUP=n_heads // n_kv_heads,
+        GROUP=group,
         DIM=head_dim,
         DIM_PAD=padded(head_dim),
         PAGE_TOKENS=kv_layer.shape[3],

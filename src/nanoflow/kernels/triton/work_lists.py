@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.batch import Int32Array, Int64Array
-from nanoflow.kernels.triton import decode_bulk
+from nanoflow.kernels.triton import cuda_source, prefill_bulk
 from nanoflow.kernels.triton.layout import DecodeShape, PrefillShape, decode_shape, prefill_shape
 
 KEY_TILE = 64
@@ -81,7 +81,7 @@ class DecodePlanner:
         lane_sms: int,
         shape: DecodeShape | None = None,
     ) -> None:
-        self.shape = shape or decode_shape(head_dim, bulk=decode_bulk.unusable_reason() is None)
+        self.shape = shape or decode_shape(head_dim, bulk=cuda_source.unusable_reason() is None)
         self.n_slots = max(1, lane_sms * self.shape.blocks_per_sm // n_kv_heads)
         self._n_rows, self._n_heads, self._head_dim = n_rows, n_heads, head_dim
         self._n_items = n_rows + self.n_slots
@@ -163,7 +163,7 @@ class PrefillPlanner:
         lane_sms: int,
         shape: PrefillShape | None = None,
     ) -> None:
-        self.shape = shape or prefill_shape(head_dim)
+        self.shape = shape or prefill_shape(head_dim, bulk=prefill_bulk.unusable_reason() is None)
         self._queries = self.shape.rows // (n_heads // n_kv_heads)
         n_items = n_rows // self._queries + n_requests
         self._n_blocks = min(lane_sms * self.shape.blocks_per_sm, n_items * n_kv_heads)
