@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def logits_of(model: Any, tokens: list[int], dtype: torch.dtype) -> Tensor:
-    """transformers' logits, computed in `dtype`, as float32."""
+    """transformers' logits, computed in `dtype` by a copy of the model, as float32."""
     with torch.no_grad():
-        return model.to(dtype)(torch.tensor([tokens])).logits[0].float()  # type: ignore[no-any-return]
+        return copy.deepcopy(model).to(dtype)(torch.tensor([tokens])).logits[0].float()  # type: ignore[no-any-return]
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -56,7 +57,6 @@ def test_logits_are_as_good_as_transformers(tiny_model: tuple[Path, Any], dtype:
         tokens = prompt + output[:-1]
         exact.append(logits_of(model, tokens, torch.float32)[len(prompt) - 1 :])
         theirs.append(logits_of(model, tokens, getattr(torch, dtype))[len(prompt) - 1 :])
-        model.float()
     rows = torch.stack([row.cpu() for _, row in recorder.sampled])
     for wanted in torch.cat(exact):  # rows come in order of the batches: look each up by nearness
         ours.append(rows[(rows - wanted).norm(dim=1).argmin()])
@@ -96,7 +96,6 @@ def test_company_changes_little(tiny_model: tuple[Path, Any]) -> None:
     alone, crowded = row_of(0), row_of(15)
     exact = logits_of(model, prompt, torch.float32)[-1]
     theirs = relative(logits_of(model, prompt, torch.bfloat16)[-1], exact)
-    model.float()
     assert relative(crowded, alone) <= 2 * theirs + 1e-3
 
 

@@ -89,6 +89,7 @@ class _Captured:
 
     program: Program
     states: Sequence[Any]
+    issue: Issue
     graph: torch.cuda.CUDAGraph
 
 
@@ -153,13 +154,14 @@ class CudaDevice:
         return self._lanes
 
     def start(self, program: Program, states: Sequence[Any], issue: Issue) -> CudaRun:
-        """Replay the graph of (`program`, `states`), or run it and capture it the first time.
+        """Replay the graph of (`program`, `states`), or issue its launches one by one: where there is no graph, or
+        where `issue` is another than was captured (one that traces).
 
         Work is ordered after what `main` holds, and `main` continues after it.
         """
         with torch.no_grad():
             captured = self._graphs.get((id(program), id(states)))
-            if captured is None:
+            if captured is None or issue is not captured.issue:
                 self._run(program, states, issue)
             else:
                 with torch.cuda.stream(self.main):
@@ -182,7 +184,7 @@ class CudaDevice:
             torch.cuda.graph(graph, pool=self._pool, stream=self.main, capture_error_mode="thread_local"),
         ):
             self._run(program, states, issue)
-        self._graphs[key] = _Captured(program, states, graph)
+        self._graphs[key] = _Captured(program, states, issue, graph)
 
     def _run(self, program: Program, states: Sequence[Any], issue: Issue) -> None:
         """Issue all launches: lanes fork from `main` and join it."""
