@@ -7,6 +7,7 @@ that leaks, is shared by accident, or is read before it was written gives anothe
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,11 +89,32 @@ class HashModel:
         assert len(set(plan.kv_slots.tolist())) == plan.n_tokens, "two tokens were given one place"
         lengths = np.diff(plan.query_start)
         assert (lengths > 0).all() and (lengths[: plan.n_decode] == 1).all()
+        written = {slot // page for slot in plan.kv_slots.tolist()}
         owned = [plan.page_table[r, : -(-int(n) // page)].tolist() for r, n in enumerate(plan.context_len)]
-        flat = [p for pages in owned for p in pages]
-        assert len(flat) == len(set(flat)), "a page belongs to two requests"
+        places = [(p, place) for pages in owned for place, p in enumerate(pages)]
+        shared = {p for p, count in Counter(p for p, _ in places).items() if count > 1}
+        assert len({p for p, _ in places}) == len(set(places)), "a page is at two places of its requests"
+        for request, pages in enumerate(owned):
+            rows = plan.kv_slots[plan.query_start[request] : plan.query_start[request + 1]] // page
+            first = {p: r for r in range(request, -1, -1) for p in owned[r]}
+            assert all(p in pages for p in rows.tolist())
+            assert all(p not in shared or first[p] == request for p in rows.tolist()), "a shared page is written"
+        assert written <= {p for p, _ in places}
         for request in range(plan.n_requests):
             rows = slice(plan.query_start[request], plan.query_start[request + 1])
             expected = np.arange(plan.context_len[request] - lengths[request], plan.context_len[request])
             assert (plan.positions[rows] == expected).all()
             assert len(set(plan.token_slots[rows].tolist())) == 1
+
+
+class HashMover:
+    """Copies pages of a `HashModel` at once, which keeps the order of launches."""
+
+    def __init__(self, model: HashModel) -> None:
+        self._pages = model.memory.reshape(model.limits.n_pages, model.limits.page_tokens)
+        self.copied = 0
+
+    def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        assert len(set(targets.tolist())) == len(targets)
+        self._pages[targets] = self._pages[sources]
+        self.copied += len(targets)

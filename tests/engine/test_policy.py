@@ -92,13 +92,13 @@ def test_nobody_is_admitted_in_an_iteration_that_preempts(asynchronous: bool) ->
     for number in range(10):  # each would fit into what a preemption frees
         core.add(make_sequence(f"short {number}", [1 + number], 3))
     scheduler = core.scheduler
-    admit, history = scheduler._admit_one, []
+    admit, history = scheduler._admit, []
 
     def recording_admit(sequence: Sequence) -> int:
         history.append(("admitted", core.stats().work.iterations))
         return admit(sequence)
 
-    scheduler._admit_one = recording_admit  # type: ignore[method-assign]
+    scheduler._admit = recording_admit  # type: ignore[method-assign]
     preempt = scheduler._preempt
 
     def recording_preempt(slot: int) -> None:
@@ -137,7 +137,7 @@ def test_stop_ids_are_forbidden_for_exactly_the_minimum_length() -> None:
     assert len(changes) > 5
 
 
-def test_prompts_are_scored_once_though_recomputed() -> None:
+def test_prompts_are_scored_once_though_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     core, model = make_core()
     queued(core, 7)
     params = SamplingParams(max_tokens=150, prompt_logprobs=0)
@@ -151,7 +151,7 @@ def test_prompts_are_scored_once_though_recomputed() -> None:
         return original(plan)
 
     model.launch = launch  # type: ignore[method-assign]
-    core.scheduler._take_prompt_scores = lambda *_: None  # type: ignore[method-assign]
+    monkeypatch.setattr("nanoflow.engine.scheduler.take_prompt_scores", lambda *_: None)
     run_to_end(core)
     assert core.scheduler.preemptions > 0
     assert scored == list(range(29))

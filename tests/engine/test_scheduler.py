@@ -34,7 +34,7 @@ def run_to_end(core: EngineCore, max_steps: int) -> int:
 
 def check_empty(core: EngineCore) -> None:
     scheduler = core.scheduler
-    assert scheduler.allocator.n_used == 0, "pages leaked"
+    assert scheduler.pool.n_used == 0, "pages leaked"
     assert scheduler.table.n_free == scheduler.table.n_slots, "slots leaked"
     assert not scheduler.waiting
     assert not scheduler._ages

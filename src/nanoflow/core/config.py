@@ -62,6 +62,7 @@ class CacheConfig:
         "share of the device's free memory (after weights) the KV cache may take", default=None
     )
     kv_memory_bytes: int | None = _doc("KV cache size in bytes, instead of a fraction", default=None)
+    enable_prefix_caching: bool = _doc("keep the KV pages of finished prompts and answers for reuse", default=True)
 
     def __post_init__(self) -> None:
         if self.page_tokens not in (16, 32, 64, 128):

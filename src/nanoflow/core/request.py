@@ -12,7 +12,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to generate. `n > 1` is already split: each choice is a Request with its own `index` and `seed`."""
+    """One sequence to generate. `n > 1` is already split: each choice is a Request with its own `index` and `seed`.
+
+    Only requests with equal `cache_salt` share KV pages.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -21,6 +24,7 @@ class Request:
     seed: int
     index: int = 0
     arrival_s: float = 0.0
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class OutputDelta:
     stop_reason: int | str | None = None
     error: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int | None = None
+    """With the first delta of choice 0: how many prompt tokens were found in the KV cache."""
 
 
 @dataclass
@@ -78,7 +84,10 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """The answer to one prompt: its `outputs` (one a choice), the prompt, and when things happened."""
+    """The answer to one prompt: its `outputs` (one a choice), the prompt, and when things happened.
+
+    `num_cached_tokens` counts the prompt tokens that choice 0 found in the KV cache instead of computing them.
+    """
 
     request_id: str
     prompt: str | None
@@ -87,6 +96,7 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    num_cached_tokens: int = 0
 
     def extend(self, delta: OutputDelta) -> None:
         """Add a delta to its choice; `finished` becomes true when every choice has a finish reason."""
@@ -99,6 +109,8 @@ class RequestOutput:
             out.cumulative_logprob = (out.cumulative_logprob or 0.0) + gained
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
+        if delta.cached_tokens is not None:
+            self.num_cached_tokens = delta.cached_tokens
         if delta.finish_reason is not None:
             out.finish_reason, out.stop_reason = delta.finish_reason, delta.stop_reason
             self.finished = all(choice.finish_reason is not None for choice in self.outputs)

@@ -52,6 +52,7 @@ class RequestStream:
         self._arrived = asyncio.Event()
         self._open = len(sequences)
         self._prompt_shown = sequences[0].prompt_logprobs is None
+        self._cached_shown = False
 
     def deliver(self, event: TokenEvent) -> None:
         """Called in the event loop for each event, in order."""
@@ -100,6 +101,7 @@ class RequestStream:
         if sequence.logprobs is not None:
             tokenizer = self._engine.tokenizer
             delta.logprobs = [labelled(event.logprobs, tokenizer) for event in events if event.logprobs is not None]
+        self._show_cached(sequence, delta)
         if not self._prompt_shown and delta.index == 0:
             self._prompt_shown = True
             delta.prompt_logprobs = labelled_all(self._sequences[0].prompt_logprobs, self._engine.tokenizer)
@@ -111,9 +113,15 @@ class RequestStream:
         output = completion_output(sequence, self._engine.tokenizer)
         delta = OutputDelta(self.request_id, output.index, output.text, output.token_ids, output.logprobs)
         delta.finish_reason, delta.stop_reason, delta.error = output.finish_reason, output.stop_reason, sequence.error
+        self._show_cached(sequence, delta)
         if output.index == 0:
             delta.prompt_logprobs = labelled_all(sequence.prompt_logprobs, self._engine.tokenizer)
         return delta
+
+    def _show_cached(self, sequence: Sequence, delta: OutputDelta) -> None:
+        if delta.index == 0 and not self._cached_shown:
+            self._cached_shown = True
+            delta.cached_tokens = sequence.cached_tokens
 
     def _text_of(self, sequence: Sequence, events: list[TokenEvent], token_ids: list[int]) -> str:
         if sequence.stop_watch is not None:
@@ -180,11 +188,18 @@ class AsyncLLM:
         return self._dead is None and not self._draining
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, whole: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        whole: bool = False,
+        cache_salt: str | None = None,
     ) -> RequestStream:
         """Check and queue a request; must be called in a running event loop.
 
         With `whole` each choice comes as one delta at its end, which spares the event loop the work of every token.
+        Only requests with equal `cache_salt` share KV pages.
         Raises `InvalidRequestError`, `QueueFullError` or `EngineDeadError` at once.
         """
         core, limit = self._engine.core, self.config.scheduler.max_queued
@@ -195,7 +210,7 @@ class AsyncLLM:
             )
         submission = self._engine.submission
         ids = submission.prompt_ids(prompt)
-        sequences = submission.sequences(ids, params, request_id=request_id, streaming=not whole)
+        sequences = submission.sequences(ids, params, request_id=request_id, streaming=not whole, cache_salt=cache_salt)
         stream = RequestStream(self, sequences, asyncio.get_running_loop())
         with self._wake:
             self._check_healthy()

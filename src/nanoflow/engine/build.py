@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from functools import cached_property
 
 from nanoflow.analysis.report import RunReport
 from nanoflow.analysis.work import WorkCounter, iteration_work
@@ -16,6 +16,7 @@ from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.stats import WorkDone
 from nanoflow.device.base import Device
+from nanoflow.engine.caching import cache_root, make_mover
 from nanoflow.engine.core import EngineCore, Launcher
 from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, find_tuned, open_device, resolve_dtype, resolve_sizes
 from nanoflow.engine.sampler import LogitsSampler
@@ -89,7 +90,10 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
             page_tokens=page,
             n_pages=n_pages,
             eos_ids=eos_ids,
-        )
+            caching=config.cache.enable_prefix_caching,
+        ),
+        root=cache_root(config, files, kernels.name),
+        mover=make_mover(executor, device),
     )
     work = WorkCounter(iteration_work(spec, config.model.dtype))
     core = EngineCore(scheduler, executor, work, asynchronous=config.scheduler.asynchronous)

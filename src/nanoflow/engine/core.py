@@ -111,8 +111,8 @@ class EngineCore:
         return EngineStats(
             n_running=scheduler.n_running,
             n_waiting=self.n_queued,
-            kv_pages_used=scheduler.allocator.n_used,
-            kv_pages_total=scheduler.allocator.n_pages,
+            kv_pages_used=scheduler.pool.n_used,
+            kv_pages_total=scheduler.pool.n_pages,
             dense_batch=scheduler.limits.dense_batch,
             batch_tokens=self._batch_tokens,
             preemptions=scheduler.preemptions,

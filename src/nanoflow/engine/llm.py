@@ -81,17 +81,19 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts, each a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`.
 
+        A mapping may bring a `cache_salt` too: only prompts with equal salts share KV pages.
         Results come in the order of the prompts. Raises `InvalidRequestError` before anything runs if one is wrong.
         """
-        items = [_unpacked(item) for item in _as_list(prompts)]
+        given = _as_list(prompts)
+        items, salts = [_unpacked(item) for item in given], [_salt_of(item) for item in given]
         params = _params_for(items, sampling_params)
         with self._lock:
             if self._dead is not None:
                 raise EngineDeadError(f"the engine has stopped: {self._dead}; make a new LLM.")
             submission = self._engine.submission
             requests = [
-                submission.sequences(submission.prompt_ids(item), choice)
-                for item, choice in zip(items, params, strict=True)
+                submission.sequences(submission.prompt_ids(item), choice, cache_salt=salt)
+                for item, choice, salt in zip(items, params, salts, strict=True)
             ]
             self._run([sequence for request in requests for sequence in request], use_tqdm=use_tqdm)
         texts = [item if isinstance(item, str) else None for item in items]
@@ -227,6 +229,10 @@ def _unpacked(item: Any) -> Prompt:
                 return item[name]  # type: ignore[no-any-return]
         raise InvalidRequestError("a prompt given as a mapping needs 'prompt' or 'prompt_token_ids'.", "prompt")
     return item  # type: ignore[no-any-return]
+
+
+def _salt_of(item: Any) -> str | None:
+    return item.get("cache_salt") if isinstance(item, Mapping) else None
 
 
 def _params_for(

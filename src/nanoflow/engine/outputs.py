@@ -22,6 +22,7 @@ def request_output(prompt: str | None, choices: SequenceOf[Sequence], tokenizer:
         finished=True,
         prompt_logprobs=labelled_all(first.prompt_logprobs, tokenizer),
         metrics=request_metrics(choices),
+        num_cached_tokens=first.cached_tokens or 0,
     )
 
 

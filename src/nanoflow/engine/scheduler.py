@@ -8,9 +8,9 @@ is scheduled: a request that turns out to have ended has its one extra token dro
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -18,9 +18,15 @@ from nanoflow.core.batch import BatchResult, PenaltyReset
 from nanoflow.core.request import FinishReason, TokenLogprobs
 from nanoflow.engine.admission import DecodeLengths, admissible
 from nanoflow.engine.batching import Chunk, ScheduledBatch, build_batch
-from nanoflow.engine.sequence import Sequence, TokenEvent, token_logprobs
-from nanoflow.engine.table import RequestTable, SlotState
-from nanoflow.kvcache.allocator import PageAllocator
+from nanoflow.engine.residency import Match, Residency
+from nanoflow.engine.results import note_first_tokens, special_token, take_prompt_scores
+from nanoflow.engine.sequence import Sequence, TokenEvent
+from nanoflow.engine.table import HOLDING, RequestTable, SlotState
+from nanoflow.kvcache.mover import PageMover
+from nanoflow.kvcache.pages import PagePool
+
+LOOK_AHEAD = 256
+"""Waiting requests that are looked at in one iteration, where those before them wait for pages."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class SchedulerLimits:
     page_tokens: int
     n_pages: int
     eos_ids: tuple[int, ...] = ()
+    caching: bool = True
 
 
 def slots_for(max_running: int) -> int:
@@ -41,15 +48,19 @@ def slots_for(max_running: int) -> int:
 
 
 class Scheduler:
-    """Continuous batching over paged KV memory. Not thread-safe: one thread schedules and retires."""
+    """Continuous batching over paged KV memory. Not thread-safe: one thread schedules and retires.
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    `root` names what cached pages depend on besides their tokens; without a `mover` no page is copied.
+    """
+
+    def __init__(self, limits: SchedulerLimits, *, root: bytes = b"", mover: PageMover | None = None) -> None:
         assert limits.max_running <= limits.dense_batch, "every running request must find a place in the batch"
         assert limits.n_pages * limits.page_tokens >= limits.max_model_len, "one longest request must fit"
         self.limits = limits
-        self.allocator = PageAllocator(limits.n_pages)
+        self.pool = PagePool(limits.n_pages, caching=limits.caching)
         max_pages = -(-limits.max_model_len // limits.page_tokens)
         self.table = RequestTable(slots_for(limits.max_running), max_pages)
+        self.residency = Residency(self.table, self.pool, limits.page_tokens, root, mover)
         self.lengths = DecodeLengths()
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
@@ -86,7 +97,7 @@ class Scheduler:
     @property
     def n_running(self) -> int:
         """Requests that hold pages."""
-        return len(self.table.slots_in(SlotState.PREFILL, SlotState.DECODE))
+        return len(self.table.slots_in(*HOLDING))
 
     @property
     def has_work(self) -> bool:
@@ -104,12 +115,14 @@ class Scheduler:
         """Form the next batch and count its tokens as computed; None if nothing can run now."""
         resets: list[PenaltyReset] = []
         self._preempted_now = False
+        self.residency.begin()
         decode = self._decode_slots()
         chunks = self._prefill_chunks(self.limits.dense_batch - len(decode), resets)
         if not len(decode) and not chunks:
             self._break_prefill_deadlock()
             return None
         batch = build_batch(self.table, decode, chunks, self.limits.page_tokens, resets)
+        self.residency.start_copies()
         table = self.table
         table.computed[batch.slots] += np.diff(batch.plan.query_start)
         table.in_flight[batch.slots] += 1
@@ -121,8 +134,8 @@ class Scheduler:
         """Take a finished iteration's tokens: extend, finish, free. Returns what listeners should hear, in order."""
         table = self.table
         table.in_flight[batch.slots] -= 1
-        self._take_prompt_scores(batch, result)
-        self._note_first_tokens(batch)
+        take_prompt_scores(batch, result)
+        note_first_tokens(table, batch)
         events = self._extend(batch, result)
         self._settle(batch.slots)
         return events
@@ -136,11 +149,11 @@ class Scheduler:
             slots: np.ndarray = table.slots_in(SlotState.DECODE)
             slots = slots[table.n_out_planned[slots] < table.max_out[slots]]
             growing = slots[table.computed[slots] >= table.n_pages[slots] * page]
-            if len(growing) <= self.allocator.n_free:
+            if len(growing) <= self.pool.n_free:
                 break
             self._preempt(self._youngest())
         if len(growing):
-            table.pages[growing, table.n_pages[growing]] = self.allocator.allocate(len(growing))
+            table.pages[growing, table.n_pages[growing]] = self.pool.allocate(len(growing))
             table.n_pages[growing] += 1
         return slots
 
@@ -151,24 +164,30 @@ class Scheduler:
         for slot in prefilling[np.argsort(self.table.age[prefilling])].tolist():
             budget -= self._add_chunk(slot, budget, chunks, resets)
         if budget > 0 and self.waiting and not self._preempted_now:
-            for slot in self._admit(budget):
+            for sequence in self._admissible(budget):
+                slot = self._admit(sequence)
                 budget -= self._add_chunk(slot, budget, chunks, resets)
+                if budget <= 0:
+                    break
         return chunks
 
     def _add_chunk(self, slot: int, budget: int, chunks: list[Chunk], resets: list[PenaltyReset]) -> int:
         """Give `slot` as many tokens as budget and free pages allow; returns how many."""
         table, page = self.table, self.limits.page_tokens
-        start = int(table.computed[slot])
-        room = (int(table.n_pages[slot]) + self.allocator.n_free) * page - start
+        if budget <= 0:
+            return 0
+        self.residency.catch_up(slot)
+        start, held = int(table.computed[slot]), int(table.n_pages[slot])
+        room = (held + self.pool.n_free) * page - start
         count = min(int(table.target[slot]) - start, budget, room)
         if count <= 0:
             return 0
-        held = int(table.n_pages[slot])
         needed = -(-(start + count) // page) - held
         if needed > 0:
-            table.pages[slot, held : held + needed] = self.allocator.allocate(needed)
+            table.pages[slot, held : held + needed] = self.pool.allocate(needed)
             table.n_pages[slot] += needed
         self._count_prefill(slot, start, start + count)
+        self.residency.note_chunk(slot, start, start + count)
         last = start + count == int(table.target[slot])
         if last:
             self._prepare_sampling(slot, resets)
@@ -194,44 +213,55 @@ class Scheduler:
             outputs = np.asarray(sequence.output_ids, dtype=np.int32)
             resets.append(PenaltyReset(row, sequence.prompt_array, outputs))
 
-    def _admit(self, budget: int) -> list[int]:
-        """Admit waiting sequences in order while slots, budget and the predicted peak of KV memory allow."""
-        table = self.table
-        running = table.slots_in(SlotState.PREFILL, SlotState.DECODE)
-        places = min(self.limits.max_running - len(running), table.n_free)
+    def _admissible(self, budget: int) -> list[Sequence]:
+        """Waiting sequences, in order, to admit now: as slots, budget and the predicted peak of KV memory allow."""
+        running = self.table.slots_in(*HOLDING)
+        places = min(self.limits.max_running - len(running), self.table.n_free)
         candidates: list[Sequence] = []
-        for sequence in self.waiting:
+        matches: list[Match] = []
+        for sequence in islice(self.waiting, LOOK_AHEAD):
             if len(candidates) >= places or budget <= 0:
                 break
-            candidates.append(sequence)
-            budget -= len(sequence.prompt_array) + len(sequence.output_ids)
+            if not self.residency.must_wait(sequence):
+                candidates.append(sequence)
+                matches.append(self.residency.match(sequence))
+                budget -= sequence.n_known - matches[-1].tokens
         if not candidates:
             return []
-        count = self._fitting(running, candidates)
+        count = self._fitting(running, candidates, matches)
         if count == 0 and len(running) == 0:
             count = 1  # alone, any request that passed submission fits
-        return [self._admit_one(self.waiting.popleft()) for _ in range(count)]
+        return candidates[:count]
 
-    def _fitting(self, running: np.ndarray, candidates: list[Sequence]) -> int:
+    def _fitting(self, running: np.ndarray, candidates: list[Sequence], matches: list[Match]) -> int:
         table, page = self.table, self.limits.page_tokens
+        own = table.n_pages[running] - table.borrowed[running]
         held = np.maximum(table.n_prompt[running] + table.n_out_planned[running], table.target[running]) + page
+        held -= page * table.borrowed[running]
         remaining = self.lengths.remaining(
             table.n_out_planned[running], table.max_out[running], table.fixed_length[running]
         )
         n_out = np.array([len(s.output_ids) for s in candidates], dtype=np.int32)
-        new_held = np.array([len(s.prompt_array) for s in candidates], dtype=np.float64) + n_out + page
+        borrowed = self.residency.borrowed_pages(matches)
+        new_held = np.array([s.n_known for s in candidates], dtype=np.float64) + page - page * borrowed
         max_out = np.array([s.request.max_tokens for s in candidates], dtype=np.int32)
         fixed = np.array([not s.request.params.stop and not self.stop_ids_of(s) for s in candidates], dtype=bool)
         new_remaining = self.lengths.remaining(n_out, max_out, fixed)
-        capacity = float(self.limits.n_pages * page)
+        # Shared pages count for the request that held them first; those it left to others count for nobody.
+        orphaned = max(0, self.pool.n_used - int(own.sum()))
+        capacity = float((self.limits.n_pages - orphaned) * page)
         return admissible(held.astype(np.float64), remaining, new_held, new_remaining, capacity)
 
-    def _admit_one(self, sequence: Sequence) -> int:
+    def _admit(self, sequence: Sequence) -> int:
+        """Take `sequence` from the queue into a slot, with the pages of its cached prefix."""
+        self.waiting.remove(sequence)
         age = self._ages.get(sequence)
         if age is None:
             age = self._ages[sequence] = self._next_age
             self._next_age += 1
-        return self.table.admit(sequence, age, self.stop_ids_of(sequence))
+        slot = self.table.admit(sequence, age, self.stop_ids_of(sequence))
+        self.residency.place(slot)
+        return slot
 
     def stop_ids_of(self, sequence: Sequence) -> tuple[int, ...]:
         """Token ids that end `sequence`."""
@@ -242,7 +272,7 @@ class Scheduler:
     # --- giving pages back ---
 
     def _youngest(self) -> int:
-        slots = self.table.slots_in(SlotState.PREFILL, SlotState.DECODE)
+        slots = self.table.slots_in(*HOLDING)
         return int(slots[np.argmax(self.table.age[slots])])
 
     def _preempt(self, slot: int) -> None:
@@ -270,9 +300,7 @@ class Scheduler:
 
     def _release(self, slot: int) -> None:
         table = self.table
-        count = int(table.n_pages[slot])
-        self.allocator.release(table.pages[slot, :count].copy())
-        table.n_pages[slot] = 0
+        self.residency.release(slot)
         if table.penalty_row[slot] >= 0:
             self._free_penalty_rows.append(int(table.penalty_row[slot]))
             table.penalty_row[slot] = -1
@@ -322,32 +350,12 @@ class Scheduler:
             text: str | None = None
             logprobs: TokenLogprobs | None = None
             if is_special:
-                text, logprobs, is_end = self._special_token(sequence, token, row, result, is_stop, is_end)
+                text, logprobs, is_end = special_token(sequence, token, row, result, is_stop, is_end)
             if is_end:
                 self._finish(sequence, slot, token, is_stop)
             if sequence.streaming:
                 events.append(TokenEvent(sequence, token, text, logprobs, sequence.finish_reason))
         return events
-
-    def _special_token(
-        self, sequence: Sequence, token: int, row: int, result: BatchResult, is_stop: bool, is_end: bool
-    ) -> tuple[str | None, TokenLogprobs | None, bool]:
-        """The slow path of a token: log-probabilities to keep, text to search for stop strings."""
-        logprobs = None
-        n_top = sequence.request.params.logprobs
-        if n_top is not None and sequence.logprobs is not None and result.logprobs is not None:
-            logprobs = token_logprobs(result.logprobs, row, token, n_top)
-            sequence.logprobs.append(logprobs)
-        text = None
-        if sequence.stop_watch is not None:
-            hide = is_stop and not sequence.request.params.include_stop_str_in_output
-            may_stop = len(sequence.output_ids) > sequence.request.params.min_tokens
-            text, matched = sequence.stop_watch.feed([token], last=is_end, drop_last_token=hide, may_stop=may_stop)
-            sequence.text_parts.append(text)
-            if matched is not None:
-                sequence.finish("stop", matched)
-                is_end = True
-        return text, logprobs, is_end
 
     def _finish(self, sequence: Sequence, slot: int, token: int, is_stop: bool) -> None:
         if is_stop:
@@ -362,24 +370,6 @@ class Scheduler:
             self.table.state[slot] = SlotState.DRAINING
         else:
             self._leave(slot)
-
-    def _note_first_tokens(self, batch: ScheduledBatch) -> None:
-        """Rows after the decoding ones finished a prompt: the time of their first token is now."""
-        now = time.monotonic()
-        for slot in batch.sample_slots[batch.plan.n_decode :].tolist():
-            sequence = self.table.sequences[slot]
-            if sequence is not None and sequence.first_token_s is None:
-                sequence.first_token_s = now
-
-    def _take_prompt_scores(self, batch: ScheduledBatch, result: BatchResult) -> None:
-        row = 0
-        for sequence, count in batch.scored:
-            assert result.prompt_logprobs is not None and sequence.prompt_logprobs is not None
-            n_top = sequence.request.params.prompt_logprobs or 0
-            for _ in range(count):
-                token = int(sequence.prompt_array[len(sequence.prompt_logprobs)])
-                sequence.prompt_logprobs.append(token_logprobs(result.prompt_logprobs, row, token, n_top))
-                row += 1
 
     def _count(self, reason: str) -> None:
         self.finished[reason] = self.finished.get(reason, 0) + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -47,11 +48,28 @@ class TokenEvent:
         self.finish_reason = finish_reason
 
 
-class Sequence:
-    """A request with everything it has produced so far."""
+@dataclass
+class Choices:
+    """What the choices of one request (`n` > 1) know of each other: the leader computes the prompt, others share it."""
 
-    def __init__(self, request: Request, *, streaming: bool = False, stop_watch: StopWatch | None = None) -> None:
+    leader: Sequence | None = None
+    computed_at: int | None = None
+    """Number of the scheduling call whose batch completes the prompt."""
+
+
+class Sequence:
+    """A request with everything it has produced so far. `choices` is shared by the choices of one request."""
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        streaming: bool = False,
+        stop_watch: StopWatch | None = None,
+        choices: Choices | None = None,
+    ) -> None:
         self.request = request
+        self.choices = choices
         self.streaming = streaming
         self.stop_watch = stop_watch
         self.prompt_array: Int32Array = np.asarray(request.prompt_token_ids, dtype=np.int32)
@@ -67,9 +85,16 @@ class Sequence:
         self.slot: int | None = None
         self.n_scored = 0  # prompt positions whose log-probability is on its way or here
         self.n_computed = 0  # tokens whose KV was computed before the last preemption
+        self.page_keys: list[bytes] = []  # names of the full pages of the known tokens, as far as they were needed
+        self.cached_tokens: int | None = None  # prompt tokens found in the cache on first admission
         self.on_end: Callable[[Sequence], None] | None = None  # told once, when nothing will be added any more
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
+
+    @property
+    def n_known(self) -> int:
+        """Length of `known_ids`."""
+        return len(self.prompt_array) + len(self.output_ids)
 
     def known_ids(self) -> Int32Array:
         """Prompt and output so far: what has to be in the KV cache before the next token."""

@@ -18,7 +18,7 @@ from nanoflow.core.errors import InvalidRequestError
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.request import Request
 from nanoflow.core.sampling import SamplingParams
-from nanoflow.engine.sequence import Sequence
+from nanoflow.engine.sequence import Choices, Sequence
 from nanoflow.engine.table import N_STOP_IDS
 from nanoflow.engine.text_stream import TextStream
 from nanoflow.text.base import Tokenizer
@@ -65,20 +65,29 @@ class Submission:
         *,
         request_id: str | None = None,
         streaming: bool = False,
+        cache_salt: str | None = None,
     ) -> list[Sequence]:
-        """One sequence a choice of the request. Raises `InvalidRequestError` naming the field."""
+        """One sequence a choice of the request. Raises `InvalidRequestError` naming the field.
+
+        Only requests with equal `cache_salt` share KV pages.
+        """
         max_tokens = self._max_tokens(len(prompt_ids), params)
         self._check_tokens(params)
+        _check_salt(cache_salt)
         request_id = request_id or uuid.uuid4().hex
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ids = tuple(prompt_ids)
         now = time.monotonic()
+        choices = Choices() if params.n > 1 else None
         return [
             Sequence(
                 # Choices of one request differ by their seed alone; choice 0 has the seed that was asked for.
-                Request(request_id, ids, params, max_tokens, (seed + index * 0x9E3779B9) % 2**64, index, now),
+                Request(
+                    request_id, ids, params, max_tokens, (seed + index * 0x9E3779B9) % 2**64, index, now, cache_salt
+                ),
                 streaming=streaming,
                 stop_watch=TextStream(self.tokenizer, params) if params.stop else None,
+                choices=choices,
             )
             for index in range(params.n)
         ]
@@ -113,3 +122,8 @@ class Submission:
         allowed = N_STOP_IDS - len(self.eos_ids)
         if len(set(params.stop_token_ids)) > allowed:
             raise InvalidRequestError(f"stop_token_ids takes at most {allowed} ids; send fewer.", "stop_token_ids")
+
+
+def _check_salt(cache_salt: object) -> None:
+    if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+        raise InvalidRequestError(f"cache_salt must be a non-empty text, not {cache_salt!r}.", "cache_salt")

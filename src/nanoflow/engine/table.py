@@ -24,10 +24,15 @@ MAX_TOP_K = 2**31 - 1
 
 class SlotState(IntEnum):
     FREE = 0
-    PREFILL = 1  # tokens known to the host are still being appended to the KV cache
-    DECODE = 2  # one token an iteration, sampled on the device
-    PREEMPTED = 3  # pages given back; waits for its batch in flight, then queues again
-    DRAINING = 4  # finished or aborted; waits for its batch in flight
+    LOADING = 1  # holds pages that are on their way from a lower tier
+    PREFILL = 2  # tokens known to the host are still being appended to the KV cache
+    DECODE = 3  # one token an iteration, sampled on the device
+    PREEMPTED = 4  # pages given back; waits for its batch in flight, then queues again
+    DRAINING = 5  # finished or aborted; waits for its batch in flight
+
+
+HOLDING = (SlotState.LOADING, SlotState.PREFILL, SlotState.DECODE)
+"""States in which a slot holds pages."""
 
 
 class RequestTable:
@@ -43,7 +48,7 @@ class RequestTable:
         self.n_prompt = ints()
         self.n_out = ints()  # output tokens that the host has seen
         self.n_out_planned = ints()  # and those in flight
-        self.computed = ints()  # tokens whose KV is appended, in flight included
+        self.computed = ints()  # tokens whose KV is there: appended, in flight included, or found in the cache
         self.target = ints()  # tokens to append before decoding (again)
         self.in_flight = ints()  # batches in flight that mention this slot
         self.age = np.zeros(n_slots, dtype=np.int64)  # order of first admission; smaller is older
@@ -52,6 +57,7 @@ class RequestTable:
         self.fixed_length = np.zeros(n_slots, dtype=bool)  # no stop condition: will run to max_out
         self.n_pages = ints()
         self.pages = np.zeros((n_slots, max_pages), dtype=np.int32)
+        self.borrowed = ints()  # pages that another request held already on admission
         self.temperature = np.zeros(n_slots, dtype=np.float32)
         self.top_k = ints()
         self.top_p = np.ones(n_slots, dtype=np.float32)
@@ -96,6 +102,7 @@ class RequestTable:
         self.min_out[slot] = params.min_tokens
         self.fixed_length[slot] = not stop_ids and not params.stop
         self.n_pages[slot] = 0
+        self.borrowed[slot] = 0
         self.temperature[slot] = params.temperature
         self.top_k[slot] = min(max(0, params.top_k), MAX_TOP_K)
         self.top_p[slot] = params.top_p

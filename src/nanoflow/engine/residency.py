@@ -1,0 +1,238 @@
+"""Which KV pages a request gets, shares and leaves behind: the meeting point of request table and page pool.
+
+On admission a request takes over the pages of its longest cached prefix; what it computes is named and can be shared by
+the next request of the same iteration already (rows of the dense batch see the keys of earlier rows). When it lets go,
+its full pages stay as cache. At least one token is always computed, since somebody has to make the logits: where all
+tokens are cached, the page of the last one is copied, and so is the half-full last page of a prompt whose choices
+(`n` > 1) share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanoflow.core.batch import Int32Array
+from nanoflow.engine.sequence import Sequence
+from nanoflow.engine.table import RequestTable
+from nanoflow.kvcache.chain import page_keys, salted_root, tail_key
+from nanoflow.kvcache.mover import PageMover
+from nanoflow.kvcache.pages import PagePool
+
+NO_PAGES: Int32Array = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What of a sequence is cached: `pages` as they are, then perhaps `source`, to be copied; `tokens` in all."""
+
+    tokens: int
+    pages: Int32Array = field(default_factory=lambda: NO_PAGES)
+    source: int | None = None
+
+
+class Residency:
+    """Pages of `page_tokens` tokens. `root` names model and layout; without a `mover` no page is ever copied."""
+
+    def __init__(
+        self, table: RequestTable, pool: PagePool, page_tokens: int, root: bytes = b"", mover: PageMover | None = None
+    ) -> None:
+        self.table = table
+        self.pool = pool
+        self.page_tokens = page_tokens
+        self.hit_tokens = 0
+        self._root = root
+        self._mover = mover
+        self._iteration = 0
+        self._fresh: set[int] = set()  # pages written by the batch being formed
+        self._copies: list[tuple[int, int]] = []
+        self._sources: list[int] = []  # held until the batch that copies them is launched
+
+    # --- one iteration ---
+
+    def begin(self) -> None:
+        """A new batch is being formed; the one before is launched."""
+        self._iteration += 1
+        self._fresh.clear()
+        if self._sources:
+            self._release_sources()
+
+    def start_copies(self) -> None:
+        """The batch is formed: let the device copy, in order before it, what its requests will write behind."""
+        if self._copies:
+            assert self._mover is not None
+            pairs = np.array(self._copies, dtype=np.int32)
+            self._mover.copy(pairs[:, 0], pairs[:, 1])
+            self._copies.clear()
+
+    # --- before admission ---
+
+    def must_wait(self, sequence: Sequence) -> bool:
+        """Whether pages that this sequence should share are still being computed for another choice of its request."""
+        choices = sequence.choices
+        if choices is None or not self.pool.caching:
+            return False
+        leader = choices.leader
+        if leader is None or leader.finish_reason is not None:
+            choices.leader = sequence
+            return False
+        computed = choices.computed_at is not None and choices.computed_at < self._iteration
+        return leader is not sequence and not computed
+
+    def match(self, sequence: Sequence) -> Match:
+        """The longest cached prefix. Holds nothing: the pages may be evicted by the next allocation."""
+        if not self.pool.caching:
+            return Match(0)
+        known = sequence.n_known
+        most = self._reusable_tokens(sequence, known)
+        keys = self._keys(sequence, known // self.page_tokens)
+        pages = self.pool.lookup(keys)
+        tokens = len(pages) * self.page_tokens
+        if tokens <= most:
+            source = self._tail(sequence, tokens, known) if len(pages) == len(keys) and most == known - 1 else None
+            return Match(tokens if source is None else most, pages, source)
+        kept = pages[: most // self.page_tokens]
+        if most < known - 1:
+            return Match(len(kept) * self.page_tokens, kept)
+        source = self._copyable(int(pages[len(kept)]))
+        return Match(len(kept) * self.page_tokens if source is None else most, kept, source)
+
+    def borrowed_pages(self, matches: list[Match]) -> Int32Array:
+        """For each of some matches, its pages that running requests or earlier matches hold: they take no memory."""
+        lengths = [len(match.pages) for match in matches]
+        pages = np.concatenate([match.pages for match in matches])
+        new = np.zeros(len(pages), dtype=bool)
+        new[np.unique(pages, return_index=True)[1]] = True
+        new &= self.pool.references(pages) == 0
+        owner = np.repeat(np.arange(len(matches)), lengths)
+        own = np.bincount(owner[new], minlength=len(matches))
+        return np.array(lengths, dtype=np.int32) - own.astype(np.int32)
+
+    # --- a slot's pages ---
+
+    def place(self, slot: int) -> None:
+        """Give the newly admitted sequence in `slot` its cached prefix."""
+        table, pool = self.table, self.pool
+        sequence = table.sequences[slot]
+        assert sequence is not None
+        match = self.match(sequence)
+        table.borrowed[slot] = np.count_nonzero(pool.references(match.pages))
+        pool.share(match.pages)
+        pages, tokens = match.pages, match.tokens
+        if match.source is not None:
+            copied = self._copy(match.source)
+            pages = np.append(pages, copied)
+            tokens = tokens if len(copied) else len(match.pages) * self.page_tokens
+        self._extend(slot, pages, tokens)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = tokens
+
+    def catch_up(self, slot: int) -> None:
+        """Share what another request has computed of this prompt since the last chunk."""
+        table, page = self.table, self.page_tokens
+        start, sequence = int(table.computed[slot]), table.sequences[slot]
+        assert sequence is not None
+        if not self.pool.caching or start % page or start != int(table.n_pages[slot]) * page:
+            return
+        most = self._reusable_tokens(sequence, int(table.target[slot])) // page
+        keys = sequence.page_keys[start // page : most]
+        if keys and keys[0] in self.pool:
+            pages = self.pool.lookup(keys)
+            self.pool.share(pages)
+            table.borrowed[slot] += len(pages)
+            self._extend(slot, pages, len(pages) * page)
+            if sequence.cached_tokens is not None and not sequence.output_ids:
+                sequence.cached_tokens += len(pages) * page
+
+    def note_chunk(self, slot: int, start: int, stop: int) -> None:
+        """Tokens [start, stop) of `slot` will be computed by the batch being formed: name the pages that they fill."""
+        if not self.pool.caching:
+            return
+        table, page = self.table, self.page_tokens
+        sequence = table.sequences[slot]
+        assert sequence is not None
+        first, last = start // page, stop // page
+        held = table.pages[slot, first : -(-stop // page)]
+        self._fresh.update(held.tolist())
+        if last > first:
+            self.pool.name(self._keys(sequence, last)[first:last], held[: last - first])
+        if sequence.choices is not None and sequence.choices.leader is sequence and stop == int(table.target[slot]):
+            sequence.choices.computed_at = self._iteration
+            if stop % page:
+                tokens = sequence.known_ids()[last * page : stop - 1]
+                self.pool.insert_tail(tail_key(self._parent(sequence, last), tokens), int(held[-1]))
+
+    def release(self, slot: int) -> None:
+        """Take all pages from `slot`; full ones stay as cache. What in-flight batches write to them is counted in."""
+        table = self.table
+        count = int(table.n_pages[slot])
+        pages = table.pages[slot, :count].copy()
+        sequence = table.sequences[slot]
+        assert sequence is not None
+        if self.pool.caching:
+            known = sequence.n_known
+            full = min(int(table.computed[slot]), known) // self.page_tokens
+            pages[:full] = self.pool.adopt(self._keys(sequence, full)[:full], pages[:full])
+        self.pool.release(pages)
+        table.n_pages[slot] = 0
+
+    # --- parts ---
+
+    def _keys(self, sequence: Sequence, n_pages: int) -> list[bytes]:
+        """Names of the sequence's pages, at least the first `n_pages` of them, all of them full."""
+        keys = sequence.page_keys
+        if len(keys) < n_pages:
+            page = self.page_tokens
+            tokens = sequence.known_ids()[len(keys) * page : n_pages * page]
+            keys += page_keys(self._parent(sequence, len(keys)), tokens, page)
+        return keys
+
+    def _parent(self, sequence: Sequence, n_pages: int) -> bytes:
+        """What the name of page number `n_pages` begins with."""
+        return sequence.page_keys[n_pages - 1] if n_pages else salted_root(self._root, sequence.request.cache_salt)
+
+    def _reusable_tokens(self, sequence: Sequence, known: int) -> int:
+        """All but the last of the known tokens; fewer where prompt positions are still to be scored."""
+        if sequence.prompt_logprobs is not None and sequence.n_scored < len(sequence.prompt_array) - 1:
+            return min(known - 1, sequence.n_scored)
+        return known - 1
+
+    def _tail(self, sequence: Sequence, start: int, known: int) -> int | None:
+        """A page to copy that holds tokens [start, known - 1), computed for another choice of the same request."""
+        if sequence.choices is None or start >= known - 1:
+            return None
+        tokens = sequence.known_ids()[start : known - 1]
+        page = self.pool.lookup_tail(tail_key(self._parent(sequence, start // self.page_tokens), tokens))
+        return None if page is None else self._copyable(page)
+
+    def _copyable(self, page: int) -> int | None:
+        """`page`, unless its contents are only being computed by the batch that would need the copy."""
+        return None if self._mover is None or page in self._fresh else page
+
+    def _copy(self, source: int) -> Int32Array:
+        """A page of one's own that begins like `source`; none if there is no page left."""
+        held = np.array([source], dtype=np.int32)
+        self.pool.share(held)  # so that it is not the page that is given away now
+        self._sources.append(source)
+        if not self.pool.n_free:
+            self.pool.release(held)
+            self._sources.pop()
+            return NO_PAGES
+        copied = self.pool.allocate(1)
+        self._copies.append((source, int(copied[0])))
+        return copied
+
+    def _release_sources(self) -> None:
+        for source in self._sources:
+            self.pool.release(np.array([source], dtype=np.int32))
+        self._sources.clear()
+
+    def _extend(self, slot: int, pages: Int32Array, tokens: int) -> None:
+        """Append pages that hold `tokens` further tokens of the sequence in `slot`."""
+        table = self.table
+        held = int(table.n_pages[slot])
+        table.pages[slot, held : held + len(pages)] = pages
+        table.n_pages[slot] = held + len(pages)
+        table.computed[slot] += tokens
+        self.hit_tokens += tokens

@@ -1,0 +1,38 @@
+"""What moves KV pages: inside the device, and between the device and the memory tier's pool.
+
+The kernels own the layout of a page; all that movers rely on is that `Kernels.allocate_kv` puts pages in the first
+dimension of one tensor a layer. A page's bytes over all layers, in layer order, make one row of the pool.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nanoflow.core.batch import Int32Array
+from nanoflow.kvcache.tier import Transfer
+
+
+class PageMover(Protocol):
+    """Copies in the order of the device's work. Called by the engine's thread; no call waits.
+
+    `offload` and `reload` begin when everything launched before them is done, and may run beside what is launched
+    later: their caller keeps others from those pages and slots until the transfer has ended.
+    """
+
+    def copy(self, sources: Int32Array, targets: Int32Array) -> None:
+        """Copy pages within the device, after all that was launched before and before all that is launched later.
+
+        Every source is read before any target is written; targets are distinct.
+        """
+        ...
+
+    def offload(self, pages: Int32Array, slots: npt.NDArray[np.int64]) -> Transfer:
+        """Write device pages to rows of the pool."""
+        ...
+
+    def reload(self, slots: npt.NDArray[np.int64], pages: Int32Array) -> Transfer:
+        """Write rows of the pool to device pages."""
+        ...
