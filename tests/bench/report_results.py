@@ -133,5 +133,19 @@ def online() -> BenchResult:
     return replace(found, numbers={"highest_sustained_rate_rps": 4.0}, client=client)
 
 
+def multiround() -> BenchResult:
+    members = []
+    for name, computed, elapsed_s in (("reuse", 1000.0, 4.0), ("no reuse", 4000.0, 6.0)):
+        numbers = {
+            "tokens_per_s": 500.0,
+            "prefill_tokens_computed": computed,
+            "elapsed_s": elapsed_s,
+            "ttft_mean_s": 0.1,
+        }
+        members.append(Series(name, (Run(0, elapsed_s, numbers),), numbers))
+    saved = {"saved_prefill_percent": 75.0, "predicted_saved_prefill_percent": 76.0, "total_time_ratio": 1.5}
+    return replace(result(BenchKind.MULTIROUND, members, "talks"), numbers=saved)
+
+
 def all_kinds() -> list[BenchResult]:
-    return [offline(), peer(), ablation(), online()]
+    return [offline(), peer(), ablation(), online(), multiround()]

@@ -19,6 +19,7 @@ from nanoflow.bench.report.latency import latency
 from nanoflow.bench.report.lines import mean_of, steps
 from nanoflow.bench.report.page import FIGURES, page, write_report
 from nanoflow.bench.report.pipelines import curves_of, gantt, resource_use
+from nanoflow.bench.report.reuse import reuse
 from nanoflow.bench.report.roofline import roofline
 from nanoflow.bench.report.subject import subjects
 from nanoflow.bench.report.throughput import throughput
@@ -26,7 +27,7 @@ from nanoflow.bench.result import BenchResult, ResourceUse
 from nanoflow.cli.main import main
 from nanoflow.core.errors import ConfigError
 
-KEYS = ["throughput", "latency", "resources", "ablation", "pipeline", "roofline"]
+KEYS = ["throughput", "latency", "resources", "ablation", "pipeline", "roofline", "reuse"]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -121,7 +122,7 @@ def test_missing_figures_say_which_command_gives_them(figure) -> None:  # type: 
 
 def test_page_without_any_figure_still_names_its_sources(tmp_path: Path) -> None:
     text = html_of([replace(made.peer(), series=())], tmp_path)
-    assert text.count("Not in these results") == 6 and "a &lt;note&gt;" in text
+    assert text.count("Not in these results") == 7 and "a &lt;note&gt;" in text
     assert "nanoflow bench offline smollm2 --workload 'a b'" in unescape(text)
 
 
@@ -160,6 +161,16 @@ def test_ablation_compares_with_sequential_and_names_what_does_not_apply() -> No
     assert [row[2] for row in section.tables[0].rows] == ["1", "0.90×", "1.20×"]
     assert section.tables[0].rows[2][3] == "12 on 2"
     assert section.notes == ("network overlap does not apply: one device sends nothing.",)
+
+
+def test_reuse_shows_tokens_and_time_and_what_was_predicted() -> None:
+    section = reuse([made.multiround()])
+    assert isinstance(section, Figure) and len(section.charts) == 4
+    bars = [[m for m in chart.iter("rect") if len(m)] for chart in charts_of(section)]
+    assert [[bar.get("class") for bar in one] for one in bars] == [["ours", "other"]] * 4
+    assert float(bars[0][1].get("width", "")) == pytest.approx(4 * float(bars[0][0].get("width", "")), abs=0.2)
+    assert "75 % of the prompt tokens were not computed; the trace’s own history predicts 76 %." in section.notes
+    assert any("1.50 times as fast" in note for note in section.notes)
 
 
 def test_gantt_shows_sequential_above_the_best_overlapped_pipeline() -> None:
@@ -254,7 +265,7 @@ def test_command_writes_the_page_and_tells_what_is_missing(tmp_path: Path, capsy
     out = tmp_path / "out.html"
     assert main(["report", str(tmp_path / "a.json"), "-o", str(out), "--title", "Mine"]) == 0
     printed = capsys.readouterr().out
-    assert "4 of 6 figures" in printed and "nanoflow bench ablation" in printed and "nanoflow bench online" in printed
+    assert "4 of 7 figures" in printed and "nanoflow bench ablation" in printed and "nanoflow bench online" in printed
     assert "<h1>Mine</h1>" in out.read_text(encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ def draw_gantt(rows: Sequence[Row], width: float, classes: str = "") -> str:
     bars = Canvas(width, height)
     for row in rows:
         y = _draw_row(bars, axis, row, y)
-    most = max(2, int(width // 110))
+    most = max(2, int(width // 80))
     canvas.x_grid(axis, top, y, [(tick, number(tick)) for tick in axis.ticks(most)])
     canvas.absorb(bars)
     canvas.text(width / 2, y + 32, "µs of one layer's period", "tick", "middle")
@@ -54,7 +54,7 @@ def draw_gantt(rows: Sequence[Row], width: float, classes: str = "") -> str:
 
 def _draw_row(canvas: Canvas, axis: Axis, row: Row, y: float) -> float:
     timeline = row.timeline
-    canvas.text(0, y + 15, f"{row.title}: {number(timeline.period_us, 4)} µs a layer", "strong")
+    canvas.text(0, y + 15, f"{number(timeline.period_us, 4)} µs a layer: {row.title}", "strong")
     y += TITLE_PX
     for lane in timeline.pipeline.lanes:
         canvas.text(0, y + 13, f"lane {lane.name}, {lane.share:.0%} of the device", "key")

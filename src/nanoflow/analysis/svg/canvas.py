@@ -39,6 +39,12 @@ def text_width(text: str) -> float:
     return LETTER_PX * len(text)
 
 
+def shortened(text: str, width: float) -> str:
+    """`text`, with its end cut off if it is wider than `width` pixels."""
+    most = int(width / LETTER_PX)
+    return text if len(text) <= most else text[: max(1, most - 1)].rstrip() + "…"
+
+
 class Canvas:
     """Collects marks; `svg` gives the element."""
 
@@ -66,7 +72,9 @@ class Canvas:
         self._mark("circle", f'cx="{centre[0]:.1f}" cy="{centre[1]:.1f}" r="{radius:.1f}"', classes, tip)
 
     def text(self, x: float, y: float, text: str, classes: str = "", anchor: str = "start") -> None:
-        """`y` is the baseline; `anchor` is start, middle or end."""
+        """`y` is the baseline; `anchor` is start, middle or end. What starts at `x` is cut at the right edge."""
+        if anchor == "start":
+            text = shortened(text, (self.width - x) / (1.1 if "strong" in classes else 1.0))
         self._marks.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{classes}">{escape(text)}</text>'
         )

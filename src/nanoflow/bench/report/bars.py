@@ -63,7 +63,7 @@ def draw_bars(
     y = top = canvas.legend(0, 2, legend, width) + 4 if legend else 4.0
     for group in groups:
         y = _draw_group(bars, axis, group, y)
-    canvas.x_grid(axis, top, y, [(tick, number(tick)) for tick in axis.ticks(max(2, int(width // 100)))])
+    canvas.x_grid(axis, top, y, [(tick, number(tick)) for tick in axis.ticks(max(2, int(width // 75)))])
     canvas.absorb(bars)
     canvas.text(width / 2, y + 33, unit, "tick", "middle")
     canvas.height = y + 42

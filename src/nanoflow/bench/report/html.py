@@ -28,8 +28,8 @@ def _figure_html(figure: Figure) -> str:
     tables = "".join(table_html(table) for table in figure.tables)
     numbers = f"<details><summary>The numbers</summary>{tables}</details>" if tables else ""
     return (
-        f"<p>{text_html(figure.lead)}</p><figure>{''.join(figure.charts)}"
-        f'<figcaption class="soft">{figure.title}</figcaption></figure>{notes}{numbers}'
+        f'<p>{text_html(figure.lead)}</p><figure aria-labelledby="h-{figure.key}">{"".join(figure.charts)}</figure>'
+        f"{notes}{numbers}"
     )
 
 

@@ -33,7 +33,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Plot:
-    """What is drawn, over which axes. `most` cuts the y axis: points above it are shown as arrows at its end."""
+    """What is drawn, over which axes.
+
+    The y axis ends at `most` at most, where points above it are shown as arrows, and at `least` at least.
+    """
 
     lines: Sequence[Line]
     x_title: str
@@ -42,6 +45,7 @@ class Plot:
     x_from: float = 0.0
     x_to: float | None = None
     most: float | None = None
+    least: float = 0.0
 
 
 def draw_lines(plot: Plot, width: float, classes: str, *, title: str, height: float = 300.0) -> str:
@@ -62,7 +66,7 @@ def draw_lines(plot: Plot, width: float, classes: str, *, title: str, height: fl
     left = 8 + 6.6 * max(len(label) for _, label in ticks)
     x_axis = Axis(plot.x_from, _x_end(plot), left, width - 12)
     canvas.y_grid(y_axis, left, width - 12, ticks)
-    canvas.x_grid(x_axis, top, bottom, [(tick, number(tick)) for tick in x_axis.ticks(max(3, int(width // 100)))])
+    canvas.x_grid(x_axis, top, bottom, [(tick, number(tick)) for tick in x_axis.ticks(max(3, int(width // 75)))])
     canvas.text((left + width) / 2, bottom + 33, plot.x_title, "tick", "middle")
     if plot.level is not None:
         y = y_axis.at(plot.level.value)
@@ -81,13 +85,14 @@ def _x_end(plot: Plot) -> float:
 def _y_end(plot: Plot) -> float:
     values = [y for line in plot.lines for _, y in line.points]
     values += [plot.level.value] if plot.level is not None else []
-    high = 1.08 * max(values, default=1.0) or 1.0
+    high = max(plot.least, 1.08 * max(values, default=1.0)) or 1.0
     return high if plot.most is None else min(high, plot.most)
 
 
 def _draw_line(canvas: Canvas, x_axis: Axis, y_axis: Axis, line: Line) -> None:
     points = [(x_axis.at(x), y_axis.at(min(y, y_axis.high))) for x, y in line.points]
-    canvas.polyline(points, line.classes)
+    for piece in _pieces(line.points, y_axis.high):
+        canvas.polyline([points[index] for index in piece], line.classes)
     if not line.dots:
         return
     fill = line.classes.replace("line ", "dot ")
@@ -98,6 +103,16 @@ def _draw_line(canvas: Canvas, x_axis: Axis, y_axis: Axis, line: Line) -> None:
             canvas.text(x, y + 22, number(value), "tick", "end" if x > canvas.width - 40 else "middle")
         else:
             canvas.circle((x, y), 4.5, fill, tip)
+
+
+def _pieces(points: Sequence[tuple[float, float]], high: float) -> list[list[int]]:
+    """Indices of the points to join: two that both lie above the axis are not, since no line between them is seen."""
+    pieces: list[list[int]] = [[]]
+    for index, (_, y) in enumerate(points):
+        if index and y > high and points[index - 1][1] > high:
+            pieces.append([])
+        pieces[-1].append(index)
+    return [piece for piece in pieces if len(piece) > 1]
 
 
 def _describe(plot: Plot) -> str:

@@ -17,6 +17,7 @@ from nanoflow.bench.report.figure import Missing, Section, Table, percent
 from nanoflow.bench.report.html import section_html, table_html, text_html
 from nanoflow.bench.report.latency import latency
 from nanoflow.bench.report.pipelines import gantt, resource_use
+from nanoflow.bench.report.reuse import reuse
 from nanoflow.bench.report.roofline import roofline
 from nanoflow.bench.report.throughput import done_bound, measured, steady_bound, throughput, workload_label
 from nanoflow.bench.result import BenchKind, BenchResult
@@ -29,6 +30,7 @@ FIGURES: tuple[Callable[[Sequence[BenchResult]], Section], ...] = (
     ablation,
     gantt,
     roofline,
+    reuse,
 )
 """In the order of the talk."""
 
@@ -88,28 +90,30 @@ def _tiles(results: Sequence[BenchResult]) -> str:
     """The one number of each result that a reader wants first."""
     tiles = [tile for result in results if (tile := _tile(result)) is not None]
     cells = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>'
-        for name, value, more in tiles
+        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)} <i>{unit}</i><small>{escape(more)}</small></dd>'
+        "</div>"
+        for name, value, unit, more in tiles
     )
     return f'<dl class="tiles">{cells}</dl>' if cells else ""
 
 
-def _tile(result: BenchResult) -> tuple[str, str, str] | None:
+def _tile(result: BenchResult) -> tuple[str, str, str, str] | None:
+    """Name, value, unit and what to know of it."""
     if result.kind is BenchKind.ONLINE and "highest_sustained_rate_rps" in result.numbers:
         rate = number(result.numbers["highest_sustained_rate_rps"])
-        return f"online, {workload_label(result)}", f"{rate} requests/s", "highest sustained rate"
+        return f"online, {workload_label(result)}", rate, "requests/s", "highest sustained rate"
     found = measured(result)
     if not found or result.kind is BenchKind.ONLINE:
         return None
     best = max(found, key=lambda series: series.numbers["tokens_per_s"])
-    value = f"{number(best.numbers['tokens_per_s'])} tokens/s"
+    value, unit = number(best.numbers["tokens_per_s"]), "tokens/s"
     base = baseline(result)
     if result.kind is BenchKind.ABLATION and base is not None:
         ratio = best.numbers["tokens_per_s"] / base.numbers["tokens_per_s"]
-        return f"ablation, {workload_label(result)}", value, f"{best.name}, {ratio:.2f}× sequential"
+        return f"ablation, {workload_label(result)}", value, unit, f"{best.name}, {ratio:.2f}× sequential"
     bound = steady_bound(best) or done_bound(best)
     more = best.name if bound is None else f"{percent(bound.percent_of_bound)} of the {bound.limit} bound"
-    return f"{result.kind}, {workload_label(result)}", value, more
+    return f"{result.kind}, {workload_label(result)}", value, unit, more
 
 
 def _sources(results: Sequence[BenchResult]) -> str:

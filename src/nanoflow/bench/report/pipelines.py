@@ -113,7 +113,7 @@ def _drawer(title: str, curves: Curves, longest: float) -> Draw:
         Line(f"{name}, mean {percent(mean_of(curve))}", curve, f"line {name}", dots=False)
         for name, curve in curves.items()
     ]
-    plot = Plot(lines, "µs of one layer", f"{title}: percent of the rate", x_to=longest)
+    plot = Plot(lines, "µs of one layer", f"{title}: percent of the rate", x_to=longest, least=100.0)
     return lambda width, classes: draw_lines(plot, width, classes, title=f"Resource use of {title}", height=230.0)
 
 
