@@ -52,11 +52,9 @@ def padded(n: int) -> int:
 def decode_shape(head_dim: int, bulk: bool = False) -> DecodeShape:
     """The measured choice for a head dimension (`benchmarks/cuda_attention.py` sweeps them)."""
     if bulk:
-        keys = max(16, 32 * 128 // head_dim) if head_dim >= 128 else 32
+        keys = 16 if head_dim >= 256 else 32
         return DecodeShape(keys=keys, warps=1, stages=3, blocks_per_sm=4 if head_dim >= 128 else 8, bulk=True)
-    if padded(head_dim) >= 256:
-        return DecodeShape(keys=32, warps=4, stages=2, blocks_per_sm=3)
-    return DecodeShape(keys=64, warps=4, stages=2, blocks_per_sm=4)
+    return DecodeShape(keys=max(16, min(64, 32 * 128 // padded(head_dim))), warps=1, stages=3, blocks_per_sm=8)
 
 
 def prefill_shape(head_dim: int, bulk: bool = False) -> PrefillShape:

@@ -122,7 +122,7 @@ def _prefill(
             head_ptr = kv_ptr + head * (PAGE_TOKENS * DIM)
             acc_me = tl.zeros([ROWS, DIM_PAD], tl.float32)
             sum_m = tl.zeros([ROWS], tl.float32)
-            top_m = tl.full([ROWS], -1.0e30, tl.float32)
+            top_m = tl.full([ROWS], -1.0e20, tl.float32)  # above a masked score, below every other
             n_open = (position0 + 1) // KEYS * KEYS  # keys that every row of the tile sees
             if HAS_WINDOW:
                 n_open = tl.maximum(position0 - window + 1, 0) // KEYS * KEYS

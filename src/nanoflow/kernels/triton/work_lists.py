@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -65,6 +66,13 @@ def _items_at(n_slots: int) -> int:
     return 4 + -(-(n_slots + 1) // 4) * 4
 
 
+def _first_of_equals(ascending: Int64Array) -> npt.NDArray[np.bool_]:
+    """Which elements differ from the one before: `np.unique` on sorted values, at a tenth of its cost."""
+    first = np.ones(len(ascending), np.bool_)
+    np.not_equal(ascending[1:], ascending[:-1], out=first[1:])
+    return first
+
+
 class DecodePlanner:
     """Implements `kernels.base.AttentionWork` for decode: one query row a request.
 
@@ -99,24 +107,25 @@ class DecodePlanner:
     ) -> None:
         """See `kernels.base.AttentionWork.plan`."""
         out[: self._items_at] = 0
-        context = np.where(query_len > 0, context_len, 0).astype(np.int64)
-        ends = np.cumsum(-(-context // KEY_TILE))
+        context = np.where(query_len > 0, context_len, 0)
+        tiles = (context + (KEY_TILE - 1)) // KEY_TILE
+        ends = np.cumsum(tiles)
         total = int(ends[-1]) if len(ends) else 0
         if total == 0:
             return
-        tile_start = ends - -(-context // KEY_TILE)
+        tile_start = ends - tiles
         n_runs = max(1, min(self.n_slots, total // MIN_TILES))
         borders = np.arange(n_runs + 1) * total // n_runs
-        start = np.unique(np.concatenate((tile_start[context > 0], borders[:-1])))
-        request = np.searchsorted(ends, start, side="right")
-        end = np.append(start[1:], total)
+        start = np.sort(np.concatenate((tile_start[context > 0], borders[:-1])), kind="stable")
+        start = start[_first_of_equals(start)]
         slots = out[4 : 4 + self.n_slots + 1]
         slots[: n_runs + 1] = np.searchsorted(start, borders)
         slots[n_runs + 1 :] = len(start)
 
-        whole = context[request]
-        first_key = (start - tile_start[request]) * KEY_TILE
-        end_key = np.minimum((end - tile_start[request]) * KEY_TILE, whole)
+        request = np.searchsorted(ends, start, side="right")
+        whole, origin = context[request], tile_start[request]
+        first_key = (start - origin) * KEY_TILE
+        end_key = np.minimum((np.append(start[1:], total) - origin) * KEY_TILE, whole)
         cut = (first_key > 0) | (end_key < whole)
         items = out[self._items_at : self._merges_at].reshape(-1, ITEM_INTS)[: len(start)]
         items[:, 0] = query_start[request]
@@ -128,13 +137,13 @@ class DecodePlanner:
         self._plan_merges(request[cut], query_start, out)
 
     def _plan_merges(self, request: Int64Array, query_start: Int32Array, out: Int32Array) -> None:
-        """One merge a cut request; `request` names the request of every part, in the order of their partials."""
-        cut, first, count = np.unique(request, return_index=True, return_counts=True)
-        out[0] = len(cut)
-        merges = out[self._merges_at :].reshape(-1, MERGE_INTS)[: len(cut)]
-        merges[:, 0] = query_start[cut]
+        """One merge a cut request; `request` (ascending) names the request of every part, in the order of partials."""
+        first = np.flatnonzero(_first_of_equals(request))
+        out[0] = len(first)
+        merges = out[self._merges_at :].reshape(-1, MERGE_INTS)[: len(first)]
+        merges[:, 0] = query_start[request[first]]
         merges[:, 1] = first
-        merges[:, 2] = count
+        merges[:, 2] = np.diff(first, append=len(request))
 
     def bind(self, ints: Tensor) -> DecodeWork:
         """See `kernels.base.AttentionWork.bind`. Allocates the workspaces beside `ints`."""
