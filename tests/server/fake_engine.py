@@ -27,6 +27,7 @@ VOCAB = 0x3000
 ANSWER = "Paris is the capital of France, été comme hiver. "
 MODEL = "fake/model"
 RATES = MachineRates("fake machine", "bfloat16", flops_per_s=1e9, mem_bytes_per_s=1e8, measured=True)
+CACHED_TOKENS = 2
 
 
 class FakeTokenizer:
@@ -107,6 +108,7 @@ class FakeEngine:
         self.max_active = max_active
         self.streams: list[FakeStream] = []
         self.params: list[SamplingParams] = []
+        self.salts: list[str | None] = []
         self.finished: dict[str, int] = {}
         self.output_tokens = 0
         self.energy_j: float | None = None
@@ -117,7 +119,13 @@ class FakeEngine:
         return [stream for stream in self.streams if stream.task is not None and not stream.task.done()]
 
     def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None = None, *, whole: bool = False
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        whole: bool = False,
+        cache_salt: str | None = None,
     ) -> FakeStream:
         assert not isinstance(prompt, str), "the server tokenises"
         assert params.max_tokens is not None
@@ -132,6 +140,7 @@ class FakeEngine:
         stream.task = asyncio.get_running_loop().create_task(self._produce(stream, words, params))
         self.streams.append(stream)
         self.params.append(params)
+        self.salts.append(cache_salt)
         return stream
 
     async def _produce(self, stream: FakeStream, words: str, params: SamplingParams) -> None:
@@ -177,6 +186,8 @@ class FakeEngine:
         if params.prompt_logprobs is not None and position == 0 and choice == 0:
             ids = stream.prompt_token_ids
             delta.prompt_logprobs = [None, *(table(i, params.prompt_logprobs) for i in ids[1:])]
+        if position == 0 and choice == 0:
+            delta.cached_tokens = CACHED_TOKENS
         stream.queue.put_nowait(delta)
         self.output_tokens += 1
         if delta.finish_reason is not None:

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 from tests.server.conftest import RunningServer
-from tests.server.fake_engine import ANSWER, MODEL
+from tests.server.fake_engine import ANSWER, CACHED_TOKENS, MODEL
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -22,6 +22,8 @@ def test_whole_answer(client: openai.OpenAI) -> None:
     n_prompt = len("<user>hi<a>")
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (n_prompt, 20)
     assert answer.usage.total_tokens == n_prompt + 20
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == CACHED_TOKENS
     assert answer.id.startswith("chatcmpl-")
 
 
@@ -205,3 +207,10 @@ def test_lone_surrogates_become_replacement_characters(http: httpx.Client, fake:
     answer = http.post("/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 200, answer.text
     assert 0xFFFD % 0x3000 in fake.engine.streams[-1].prompt_token_ids
+
+
+def test_the_salt_reaches_the_engine(fake: RunningServer, http: httpx.Client) -> None:
+    for body in ({"cache_salt": "tenant"}, {"cache_salt": None}, {}):
+        assert http.post("/v1/chat/completions", json={"messages": HI, "max_tokens": 1, **body}).status_code == 200
+    assert http.post("/v1/completions", json={"prompt": "a", "cache_salt": "other"}).status_code == 200
+    assert fake.engine.salts[-4:] == ["tenant", None, None, "other"]

@@ -104,7 +104,8 @@ BAD_TEXT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": "a", "logprobs": True}, "logprobs must be a whole number, not true", "logprobs"),
     ({"prompt": "a", "logprobs": 21}, "logprobs must be a whole number from 0 to 20", "logprobs"),
     ({"prompt": "a", "messages": HI}, "Unknown field 'messages'", "messages"),
-    ({"prompt": "a", "cache_salt": "x"}, "cache_salt is not supported", "cache_salt"),
+    ({"prompt": "a", "cache_salt": ""}, "cache_salt is empty", "cache_salt"),
+    ({"prompt": "a", "cache_salt": 5}, "cache_salt must be a string, not 5", "cache_salt"),
 ]
 
 

@@ -106,9 +106,13 @@ class LLM:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        cache_salt: str | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several (a list of such lists) by the chat template."""
+        """Answer one conversation (a list of messages) or several (a list of such lists) by the chat template.
+
+        Only conversations with equal `cache_salt` share KV pages.
+        """
         conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         rendered = [
             self.tokenizer.render_chat(
@@ -117,7 +121,8 @@ class LLM:
             for conversation in conversations
         ]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in rendered]
-        outputs = self.generate(ids, sampling_params, use_tqdm=use_tqdm)
+        prompts = [{"prompt_token_ids": one, "cache_salt": cache_salt} for one in ids]
+        outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
         for output, text in zip(outputs, rendered, strict=True):
             output.prompt = text
         return outputs

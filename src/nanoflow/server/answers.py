@@ -17,15 +17,16 @@ from nanoflow.server import logprobs as shapes
 from nanoflow.server.errors import encode_json
 from nanoflow.text.base import Tokenizer
 
-Usage = dict[str, int]
+Usage = dict[str, Any]
 
 
-def usage(prompt_tokens: int, output_tokens: int) -> Usage:
-    """Token counts in OpenAI's shape."""
+def usage(prompt_tokens: int, output_tokens: int, cached_tokens: int) -> Usage:
+    """Token counts in OpenAI's shape; `cached_tokens` of the prompt came from the KV cache."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
@@ -46,9 +47,9 @@ class Answer(ABC):
         self._head = encode_json(self._common | {"object": self.chunk_name})[:-1] + b',"choices":['
         self._tail = b'],"usage":null}' if include_usage else b"]}"
 
-    def usage(self, prompt_tokens: int, output_tokens: int) -> Usage:
+    def usage(self, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> Usage:
         """Token counts to report."""
-        return usage(prompt_tokens, output_tokens)
+        return usage(prompt_tokens, output_tokens, cached_tokens)
 
     def opening(self, n_choices: int) -> list[bytes]:
         """Chunks that come before any text."""
@@ -165,8 +166,8 @@ class CompletionAnswer(Answer):
         self._prompt_tables: dict[int, list[TokenLogprobs | None]] = {}
         self._held: dict[int, list[OutputDelta]] = {}
 
-    def usage(self, prompt_tokens: int, output_tokens: int) -> Usage:
-        return usage(prompt_tokens, 0 if self._prompt_only else output_tokens)
+    def usage(self, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> Usage:
+        return usage(prompt_tokens, 0 if self._prompt_only else output_tokens, cached_tokens)
 
     def chunks(self, delta: OutputDelta) -> list[bytes]:
         prompt = delta.index // self._n

@@ -43,7 +43,8 @@ class EngineResponder:
     async def answer(self, prepared: Prepared) -> Response:
         job: Job = prepared.work
         try:
-            async with Generation(self._engine, None, job.prompts, whole=True) as generation:
+            salt = job.cache_salt
+            async with Generation(self._engine, None, job.prompts, whole=True, cache_salt=salt) as generation:
                 body = await whole_answer(generation, job.answer)
         except QueueFullError:
             raise
@@ -51,8 +52,9 @@ class EngineResponder:
             if self._engine_has_stopped(exc):
                 raise EngineDeadError("the engine has stopped; start again, and the batch goes on.") from exc
             return _failed(exc)
-        counts = job.answer.usage(generation.prompt_tokens, generation.output_tokens)
-        return Response(200, body, uuid4().hex, counts["prompt_tokens"], counts["completion_tokens"])
+        counts = job.answer.usage(generation.prompt_tokens, generation.output_tokens, generation.cached_tokens)
+        request_id = generation.streams[0].request_id
+        return Response(200, body, request_id, counts["prompt_tokens"], counts["completion_tokens"])
 
     def crowded(self) -> bool:
         """Whether somebody asks over HTTP while requests wait for a place in the engine."""

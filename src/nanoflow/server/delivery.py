@@ -73,7 +73,7 @@ async def whole_answer(generation: Generation, answer: Answer) -> bytes:
             _extend(outputs[delta.index], delta)
             if delta.prompt_logprobs is not None:
                 prompt_logprobs[delta.index // generation.n] = delta.prompt_logprobs
-    counts = answer.usage(generation.prompt_tokens, generation.output_tokens)
+    counts = answer.usage(generation.prompt_tokens, generation.output_tokens, generation.cached_tokens)
     return encode_json(answer.whole(outputs, counts, prompt_logprobs))
 
 
@@ -97,7 +97,7 @@ async def send_stream(send: Send, generation: Generation, answer: Answer, metric
             if len(good) < len(deltas):
                 raise _failure(next(filter(_failed, deltas)))
         if answer.include_usage:
-            counts = answer.usage(generation.prompt_tokens, generation.output_tokens)
+            counts = answer.usage(generation.prompt_tokens, generation.output_tokens, generation.cached_tokens)
             await _send_events(send, [answer.usage_chunk(counts)])
     except Exception as exc:
         error = to_api_error(exc, request_id)

@@ -40,6 +40,7 @@ class Job:
     prompts: list[tuple[list[int], SamplingParams]]
     answer: Answer
     stream: bool
+    cache_salt: str | None = None
 
 
 class GenerationEndpoint(ABC):
@@ -65,7 +66,8 @@ class GenerationEndpoint(ABC):
             self.n_active -= 1
 
     async def _generate(self, job: Job, send: Send, request_id: str) -> None:
-        async with Generation(self.engine, self.metrics.latencies, job.prompts) as generation:
+        latencies = self.metrics.latencies
+        async with Generation(self.engine, latencies, job.prompts, cache_salt=job.cache_salt) as generation:
             if job.stream:
                 await send_stream(send, generation, job.answer, self.metrics, request_id)
             else:
@@ -142,7 +144,7 @@ class ChatEndpoint(GenerationEndpoint):
         answer = ChatAnswer(
             self.model, self.engine.tokenizer, n_logprobs=logprobs, include_usage=bool(options.include_usage)
         )
-        return Job([(ids, params)], answer, bool(request.stream))
+        return Job([(ids, params)], answer, bool(request.stream), parsing.cache_salt_of(request))
 
     def _tokenise(self, request: ChatRequest, messages: Sequence[dict[str, Any]]) -> list[int]:
         tokenizer = self.engine.tokenizer
@@ -196,7 +198,7 @@ class CompletionEndpoint(GenerationEndpoint):
             show_prompt_logprobs=request.prompt_logprobs is not None,
             prompt_only=prompt_only,
         )
-        return Job(jobs, answer, bool(request.stream))
+        return Job(jobs, answer, bool(request.stream), parsing.cache_salt_of(request))
 
     def _params(self, request: CompletionRequest) -> tuple[SamplingParams, bool]:
         """The parameters (max_tokens still as asked), and whether only the prompt is to be scored."""

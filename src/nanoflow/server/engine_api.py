@@ -56,9 +56,17 @@ class Engine(Protocol):
     def healthy(self) -> bool: ...
 
     def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None = None, *, whole: bool = False
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        whole: bool = False,
+        cache_salt: str | None = None,
     ) -> RequestStream:
         """Validate and queue at once; with `whole` each choice comes as one delta at its end.
+
+        Only requests with equal `cache_salt` share KV pages. The first delta of choice 0 tells `cached_tokens`.
 
         Raises `InvalidRequestError`, `QueueFullError`, `EngineDeadError`.
         """

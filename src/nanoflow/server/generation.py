@@ -44,6 +44,7 @@ class Generation:
         jobs: Sequence[tuple[list[int], SamplingParams]],
         *,
         whole: bool = False,
+        cache_salt: str | None = None,
     ) -> None:
         self._latencies = latencies
         self._start_s = time.monotonic()
@@ -56,13 +57,15 @@ class Generation:
         self.streams: list[RequestStream] = []
         try:
             for ids, params in jobs:
-                self.streams.append(engine.submit(ids, params, f"req-{uuid4().hex}", whole=whole))
+                stream = engine.submit(ids, params, f"req-{uuid4().hex}", whole=whole, cache_salt=cache_salt)
+                self.streams.append(stream)
         except BaseException:
             self.abort()
             raise
         self._open = len(self.streams)
         self.prompt_tokens = sum(len(stream.prompt_token_ids) for stream in self.streams)
         self.output_tokens = 0
+        self.cached_tokens = 0
 
     async def __aenter__(self) -> Self:
         self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(self.streams)]
@@ -114,6 +117,7 @@ class Generation:
 
     def _add(self, choice: int, delta: OutputDelta) -> None:
         self.output_tokens += len(delta.token_ids)
+        self.cached_tokens += delta.cached_tokens or 0
         self._observe(choice, delta)
         pending = self._pending.get(choice)
         if pending is None:

@@ -179,6 +179,13 @@ def _content(content: Any, path: str) -> str:
     return "".join(texts)
 
 
+def cache_salt_of(request: GenerationFields) -> str | None:
+    """The salt that keeps this request's KV pages apart from those of other salts; refused if empty."""
+    if request.cache_salt == "":
+        raise bad_request("cache_salt is empty; send some text or leave it out.", "cache_salt")
+    return request.cache_salt
+
+
 def sampling_params(
     request: GenerationFields, *, max_tokens: int | None, logprobs: int | None, max_n: int, vocab_size: int
 ) -> SamplingParams:

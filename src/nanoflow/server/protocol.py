@@ -65,7 +65,7 @@ class GenerationFields(IgnoredFields):
     prompt_logprobs: int | None = None
     reasoning_effort: Any = None
     verbosity: Any = None
-    cache_salt: Any = None
+    cache_salt: str | None = None
 
 
 class ChatRequest(GenerationFields):
@@ -132,7 +132,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "reasoning_effort": ((), "reasoning_effort has no meaning for this model; leave it out."),
     "verbosity": (("medium",), "verbosity has no meaning for this model; leave it out."),
-    "cache_salt": ((), "cache_salt is not supported; leave it out."),
     "tool_calls": (([],), "Messages with tool calls are not supported; send their text only."),
     "tool_call_id": ((), "Tool results are not supported; send them as the text of a user message."),
 }
