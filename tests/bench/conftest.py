@@ -1,20 +1,36 @@
-"""A tiny random model in a folder, and rates that need no measuring."""
+"""The description of a tiny model in a folder, run with random weights, and rates that need no measuring."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from tests.e2e.tiny_models import save_tiny_model
 
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.hardware import MachineRates
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-bench")
-    save_tiny_model("qwen2", folder)
+    (folder / "config.json").write_text(json.dumps(TINY))
     return folder
 
 
@@ -23,7 +39,7 @@ def config(tiny_folder: Path) -> EngineConfig:
     """A small engine."""
     return EngineConfig.from_options(
         model=str(tiny_folder),
-        tokenizer="bytes",
+        load_format="random",
         dtype="float32",
         dense_batch=32,
         max_running=8,

@@ -94,7 +94,7 @@ def test_too_few_conversations_are_refused() -> None:
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "talks.csv"
     trace.write_text("conv_id,turn,history_len,new_input_len,output_len\na,0,0,20,9\na,1,29,4,3\n")
-    engine = "--tokenizer bytes --dtype float32 --dense-batch 32 --threads 1 --kv-memory-bytes 4194304"
+    engine = "--load-format random --dtype float32 --dense-batch 32 --threads 1 --kv-memory-bytes 4194304"
     words = f"bench multiround {tiny_folder} {engine} --trace {trace} --conversations 1"
     assert main(words.split()) == 0
     assert "saved_prefill_percent" in capsys.readouterr().out

@@ -90,7 +90,7 @@ def test_a_card_is_matched_to_its_preset_only_where_sure(name: str, preset: str 
 
 def test_the_command_prints_and_writes(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "off.json"
-    engine = "--tokenizer bytes --dtype float32 --dense-batch 32 --threads 1 --kv-memory-bytes 4194304"
+    engine = "--load-format random --dtype float32 --dense-batch 32 --threads 1 --kv-memory-bytes 4194304"
     words = f"bench offline {tiny_folder} {engine}"
     options = f"--workload 12/4 --requests 6 --runs 1 --warmup 1 --trace 1 -o {path}"
     assert main([*words.split(), *options.split()]) == 0

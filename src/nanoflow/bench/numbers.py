@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from nanoflow.bench.result import Column, Energy, Run, Series
 
+RATIO = "ratio_to_first"
 PERCENTILES = (50, 90, 99)
 Floats = npt.NDArray[np.float64]
 
@@ -63,6 +64,15 @@ def over_runs(runs: Sequence[Run]) -> dict[str, float]:
         if len(runs) > 1:
             numbers[f"{name}_deviation"] = float(values.std(ddof=1))
     return numbers
+
+
+def ratio_to(first: Sequence[Run], runs: Sequence[Run]) -> dict[str, float]:
+    """Throughput over that of the first variant in the same round: mean, and deviation over the rounds."""
+    ratios = np.array(
+        [run.numbers["tokens_per_s"] / base.numbers["tokens_per_s"] for base, run in zip(first, runs, strict=True)]
+    )
+    deviation = {f"{RATIO}_deviation": float(ratios.std(ddof=1))} if len(ratios) > 1 else {}
+    return {RATIO: float(ratios.mean())} | deviation
 
 
 def headline(series: Series, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from nanoflow.analysis.report import si
-from nanoflow.bench.numbers import headline
+from nanoflow.bench.numbers import RATIO, headline
 from nanoflow.bench.result import BenchKind, BenchResult, Bound, ClientOverhead, IterationTrace, Run, Series
 
 
@@ -22,6 +22,8 @@ def lines_of(result: BenchResult) -> Iterator[str]:
     yield f"  machine: {machine.name}; {result.model.dtype or 'dtype unknown'}; {result.target}"
     if result.kind is BenchKind.ONLINE:
         yield from rate_lines(result.series)
+    elif result.kind is BenchKind.ABLATION:
+        yield from ablation_lines(result.series)
     else:
         for series in result.series:
             yield from series_lines(series)
@@ -62,6 +64,19 @@ def series_lines(series: Series) -> Iterator[str]:
         yield f"  {_rates(series.runs[-1].bounds[0])}"
     if series.trace is not None:
         yield from _operations(series.trace)
+
+
+def ablation_lines(variants: Sequence[Series]) -> Iterator[str]:
+    """A row a variant, and for those that do not apply the reason."""
+    yield f"  {'VARIANT':<30}{'tokens/s':>18}{'of the first':>18}{'ms an iteration':>18}{'of bound':>10}"
+    for series in variants:
+        if not series.runs:
+            yield f"  {series.name:<30}not applicable: {series.not_applicable}"
+            continue
+        bounds = [run.bounds[0] for run in series.runs]
+        percent = sum(bound.percent_of_bound for bound in bounds) / len(bounds)
+        cells = "".join(f"{headline(series, name):>18}" for name in ("tokens_per_s", RATIO, "iteration_mean_ms"))
+        yield f"  {series.name:<30}{cells}{percent:>8.1f} %"
 
 
 def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:

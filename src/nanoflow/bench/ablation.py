@@ -1,0 +1,237 @@
+"""`nanoflow bench ablation`: what each technique brings, on one machine, the variants taking turns.
+
+In each round every variant runs the same lengths once, in an order that a seed shuffles, so that slow changes of the
+machine touch all alike. Options that need another engine (`compare`) take turns in the same way, each engine built
+anew, beside the plain one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nanoflow.bench import environment
+from nanoflow.bench.bounds import rates_of
+from nanoflow.bench.engines import built
+from nanoflow.bench.numbers import over_runs, ratio_to
+from nanoflow.bench.offline import run_of, warm_up
+from nanoflow.bench.optimes import trace_plans, tracing
+from nanoflow.bench.result import BenchKind, BenchResult, IterationTrace, MachineInfo, ModelInfo, Run, Series
+from nanoflow.bench.session import OnProgress, Record, make_sequences, run_sequences
+from nanoflow.bench.variants import OverlapSource, Ready, find_overlap, make_ready, variants_for
+from nanoflow.bench.workloads import RequestSet
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import ConfigError
+from nanoflow.core.hardware import MachineRates
+from nanoflow.engine.build import Engine
+from nanoflow.pipeline.pipeline import Pipeline
+
+PLAIN = "plain engine"
+
+
+@dataclass(frozen=True)
+class AblationOptions:
+    """`compare` are engine options by the name of their series, e.g. `{"page_tokens=32": {"page_tokens": 32}}`.
+
+    `overlap` is a Pipeline file. Without it the tuned pipeline is taken, or the best overlapping one that a search of
+    `search_seconds` finds in the profile that tuning kept; `tune` tunes for `workload` first if nothing is kept.
+    """
+
+    workload: str = "512/512"
+    rounds: int = 3
+    seed: int = 0
+    warmup: int = 8
+    trace: int = 3
+    overlap: Path | None = None
+    search_seconds: float = 45.0
+    tune: bool = False
+    compare: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.warmup < 0 or self.trace < 0 or self.search_seconds <= 0:
+            raise ConfigError("an ablation needs at least 1 round, and no negative warmup, trace or search time.")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the engine of the pipelines gave."""
+
+    series: list[Series]
+    machine: MachineInfo
+    model: ModelInfo
+    engine: dict[str, Any]
+
+
+def run_ablation(
+    config: EngineConfig,
+    requests: RequestSet,
+    options: AblationOptions,
+    *,
+    command: tuple[str, ...] = (),
+    on_progress: OnProgress | None = None,
+    show_progress: bool = False,
+) -> BenchResult:
+    """All variants. `config.pipeline` is ignored. Raises the errors of `build_engine`."""
+    started_at = environment.now_text()
+    wanted = OverlapSource(options.workload, options.overlap, options.search_seconds, options.tune)
+    overlap = find_overlap(config, wanted)
+    # Prompts share nothing here, and cached pages of one variant are of no use to another.
+    config = plain(config, overlap)
+    with built(config, show_progress=show_progress) as engine:
+        found = _pipelines(engine, overlap, requests, options, on_progress)
+    series = found.series + compare_options(config, requests, options, on_progress)
+    return BenchResult(
+        kind=BenchKind.ABLATION,
+        title=f"{found.model.name}, {requests.info.name}, {len(requests)} requests at once, {options.rounds} rounds",
+        started_at=started_at,
+        command=command,
+        versions=environment.versions(),
+        machine=found.machine,
+        model=found.model,
+        workload=requests.info,
+        series=tuple(series),
+        engine=found.engine,
+        seeds=tuple(sorted({run.seed for one in series for run in one.runs})),
+    )
+
+
+def plain(config: EngineConfig, overlap: Pipeline | None) -> EngineConfig:
+    """The engine that all variants share: sequential, no prefix cache, room for more pipelines, one dense batch."""
+    if overlap is not None:
+        asked = config.scheduler.dense_batch
+        if asked not in (None, overlap.dense_batch):
+            raise ConfigError(f"dense_batch is {asked}, but the overlapping pipeline is for {overlap.dense_batch}.")
+        config = config.with_options("scheduler", dense_batch=overlap.dense_batch)
+    config = config.with_options("cache", enable_prefix_caching=False)
+    return EngineConfig(config.model, config.cache, config.scheduler, config.device, pipeline="sequential")
+
+
+def _pipelines(
+    engine: Engine,
+    overlap: Pipeline | None,
+    requests: RequestSet,
+    options: AblationOptions,
+    on_progress: OnProgress | None,
+) -> _Measured:
+    variants = variants_for(engine, overlap)
+    ready = [make_ready(engine, variant) for variant in variants if variant.pipeline is not None]
+    try:
+        records = _rounds(engine, ready, requests, options, on_progress)
+        rates = rates_of(engine)
+        measured = {
+            one.variant.name: _series(engine, one, rates, requests, records[one.variant.name], options) for one in ready
+        }
+        series = [
+            measured.get(variant.name) or Series(variant.name, not_applicable=variant.reason) for variant in variants
+        ]
+        machine, model = environment.machine_info(engine, rates), environment.model_info(engine)
+        return _Measured(with_ratios(series), machine, model, environment.engine_options(engine.config))
+    finally:
+        for one in ready:
+            one.device.close()
+
+
+def _rounds(
+    engine: Engine,
+    ready: list[Ready],
+    requests: RequestSet,
+    options: AblationOptions,
+    on_progress: OnProgress | None,
+) -> dict[str, list[tuple[int, Record]]]:
+    for one in ready:
+        _switch(engine, one)
+        warm_up(engine, requests, options.warmup)
+    records: dict[str, list[tuple[int, Record]]] = {one.variant.name: [] for one in ready}
+
+    def run(one: Ready, seed: int) -> None:
+        _switch(engine, one)
+        tell = _telling(one.variant.name, on_progress)
+        records[one.variant.name].append((seed, run_sequences(engine, make_sequences(engine, requests, seed), tell)))
+
+    take_turns(ready, options, run)
+    return records
+
+
+def take_turns(variants: list[Any], options: AblationOptions, run: Callable[[Any, int], None]) -> None:
+    """Each variant once a round, in shuffled order, always with token ids of its own."""
+    shuffle, seed = random.Random(options.seed), options.seed
+    for _ in range(options.rounds):
+        for one in shuffle.sample(variants, len(variants)):
+            run(one, seed)
+            seed += 1
+
+
+def _switch(engine: Engine, one: Ready) -> None:
+    engine.core.relaunch_with(one.launcher, asynchronous=one.variant.asynchronous)
+
+
+def _series(
+    engine: Engine,
+    one: Ready,
+    rates: MachineRates,
+    requests: RequestSet,
+    records: list[tuple[int, Record]],
+    options: AblationOptions,
+) -> Series:
+    runs = [run_of(engine, rates, requests, record, seed) for seed, record in records]
+    return Series(
+        name=one.variant.name,
+        runs=tuple(runs),
+        numbers=over_runs(runs),
+        options={"asynchronous": one.variant.asynchronous},
+        pipeline=json.loads(one.pipeline.to_json()),
+        trace=_trace(engine, one.launcher, records[-1][1], rates, options),
+    )
+
+
+def _trace(
+    engine: Engine, launcher: Any, record: Record, rates: MachineRates, options: AblationOptions
+) -> IterationTrace | None:
+    executor = tracing(launcher)
+    if executor is None:
+        return None
+    return trace_plans(executor, record.log.steady_plans(options.trace), engine.spec, engine.config.model.dtype, rates)
+
+
+def compare_options(
+    config: EngineConfig, requests: RequestSet, options: AblationOptions, on_progress: OnProgress | None
+) -> list[Series]:
+    """Engines that differ by options, in turn with the plain one; each run builds its engine."""
+    if not options.compare:
+        return []
+    chosen: dict[str, Mapping[str, Any]] = {PLAIN: {}, **options.compare}
+    configs = {name: with_flat_options(config, changes) for name, changes in chosen.items()}
+    runs: dict[str, list[Run]] = {name: [] for name in configs}
+
+    def run(name: str, seed: int) -> None:
+        with built(configs[name]) as engine:
+            rates = rates_of(engine)
+            warm_up(engine, requests, options.warmup)
+            record = run_sequences(engine, make_sequences(engine, requests, seed), _telling(name, on_progress))
+            runs[name].append(run_of(engine, rates, requests, record, seed))
+
+    take_turns(list(configs), options, run)
+    return with_ratios(
+        [Series(name, tuple(kept), over_runs(kept), options=dict(chosen[name])) for name, kept in runs.items()]
+    )
+
+
+def with_ratios(series: list[Series]) -> list[Series]:
+    """The same with each one's throughput over that of the first, round by round."""
+    first = series[0].runs
+    return [replace(one, numbers={**one.numbers, **ratio_to(first, one.runs)}) if one.runs else one for one in series]
+
+
+def with_flat_options(config: EngineConfig, changes: Mapping[str, Any]) -> EngineConfig:
+    """`config` with options replaced by their flat names. Raises `ConfigError` for an unknown one."""
+    return EngineConfig.from_options(**{**environment.engine_options(config), **changes})
+
+
+def _telling(name: str, on_progress: OnProgress | None) -> OnProgress | None:
+    if on_progress is None:
+        return None
+    return lambda done, total, word: on_progress(done, total, f"{name}, {word}")
