@@ -20,7 +20,7 @@ from nanoflow.bench.report.lines import mean_of, steps
 from nanoflow.bench.report.page import FIGURES, page, write_report
 from nanoflow.bench.report.pipelines import curves_of, gantt, resource_use
 from nanoflow.bench.report.reuse import reuse
-from nanoflow.bench.report.roofline import roofline
+from nanoflow.bench.report.roofline import label_places, roofline
 from nanoflow.bench.report.subject import subjects
 from nanoflow.bench.report.throughput import throughput
 from nanoflow.bench.result import BenchResult, ResourceUse
@@ -122,7 +122,7 @@ def test_missing_figures_say_which_command_gives_them(figure) -> None:  # type: 
 
 def test_page_without_any_figure_still_names_its_sources(tmp_path: Path) -> None:
     text = html_of([replace(made.peer(), series=())], tmp_path)
-    assert text.count("Not in these results") == 7 and "a &lt;note&gt;" in text
+    assert text.count("needs a result") == 7 and "a &lt;note&gt;" in text
     assert "nanoflow bench offline smollm2 --workload 'a b'" in unescape(text)
 
 
@@ -224,6 +224,15 @@ def test_roofline_puts_operations_and_runs_below_their_roofs() -> None:
     assert whole[1:] == ("20", "500", "50 % of compute")
     chart = charts_of(section)[0]
     assert len(list(chart.iter("polyline"))) == 2
+
+
+def test_numbers_of_the_roofline_cover_neither_each_other_nor_dots() -> None:
+    dots = [(100.0, 50.0), (101.0, 51.0), (110.0, 60.0), (100.0, 64.0), (200.0, 50.0)]
+    labels = label_places(dots)
+    assert labels[4] == (212.0, 54.0)
+    for index, (x, y) in enumerate(labels):
+        assert not [1 for other in labels[:index] if abs(x - other[0]) < 14 and abs(y - other[1]) < 12]
+        assert not [1 for i, dot in enumerate(dots) if i != index and 0 < dot[0] - x < 12 and abs(dot[1] - y + 4) < 9]
 
 
 def test_power_roof_is_drawn_where_energies_are_known() -> None:

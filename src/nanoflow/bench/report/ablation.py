@@ -11,6 +11,7 @@ from nanoflow.bench.report.subject import SEQUENTIAL
 from nanoflow.bench.report.throughput import measured, value_text, workload_label
 from nanoflow.bench.result import BenchKind, BenchResult, Series
 
+PLAIN = "plain engine"
 KEY, TITLE = "ablation", "What each technique brings"
 
 
@@ -35,9 +36,10 @@ def ablation(results: Sequence[BenchResult]) -> Section:
     return Figure(KEY, TITLE, lead, charts, tables, notes)
 
 
-def baseline(result: BenchResult) -> Series | None:
-    """The variant that the others are compared with."""
-    return next((series for series in measured(result) if series.name == SEQUENTIAL), None)
+def baseline(result: BenchResult, series: Series | None = None) -> Series | None:
+    """What a variant is compared with: an engine with other options with the plain one, all others with sequential."""
+    name = PLAIN if series is not None and series.pipeline is None else SEQUENTIAL
+    return next((one for one in measured(result) if one.name == name), None)
 
 
 def _bars(result: BenchResult) -> list[Bar]:
@@ -46,7 +48,7 @@ def _bars(result: BenchResult) -> list[Bar]:
             series.name,
             series.numbers["tokens_per_s"],
             number(series.numbers["tokens_per_s"]) + _ratio_text(result, series),
-            "other" if series.name == SEQUENTIAL else "ours",
+            "other" if series.name in (SEQUENTIAL, PLAIN) else "ours",
             series.numbers.get("tokens_per_s_deviation", 0.0),
         )
         for series in measured(result)
@@ -62,10 +64,11 @@ def _marks(result: BenchResult) -> list[Mark]:
 
 
 def _ratio_text(result: BenchResult, series: Series) -> str:
-    base = baseline(result)
+    base = baseline(result, series)
     if base is None or series is base:
         return ""
-    return f", {series.numbers['tokens_per_s'] / base.numbers['tokens_per_s']:.2f}×"
+    ratio = series.numbers["tokens_per_s"] / base.numbers["tokens_per_s"]
+    return f", {ratio:.2f}×" + (f" the {PLAIN}" if base.name == PLAIN else "")
 
 
 def _table(result: BenchResult) -> Table:

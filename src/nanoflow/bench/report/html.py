@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 
-from nanoflow.bench.report.figure import Figure, Missing, Section, Table
+from nanoflow.bench.report.figure import Figure, Missing, Table
 
 
 def text_html(text: str) -> str:
-    """A sentence, with what stands between back quotes as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
+    """A sentence, with what stands between back quotes as code whose words are not broken."""
+    return re.sub(r"`([^`]+)`", lambda found: f"<code>{_words(found[1])}</code>", escape(text, quote=False))
 
 
-def section_html(section: Section) -> str:
-    """A figure with its tables below, or the sentence that says what is missing."""
-    head = (
-        f'<section id="{section.key}" aria-labelledby="h-{section.key}"><h2 id="h-{section.key}">{section.title}</h2>'
+def _words(code: str) -> str:
+    return " ".join(f"<span>{word}</span>" for word in code.split(" "))
+
+
+def section_html(figure: Figure) -> str:
+    """A figure with its tables below."""
+    key = figure.key
+    return (
+        f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{figure.title}</h2>'
+        f"{_figure_html(figure)}</section>"
     )
-    if isinstance(section, Missing):
-        return f'{head}<p class="missing soft">Not in these results: {text_html(section.why)}.</p></section>'
-    return f"{head}{_figure_html(section)}</section>"
+
+
+def missing_html(missing: Sequence[Missing]) -> str:
+    """What the results lack, a sentence each; nothing if they lack nothing."""
+    if not missing:
+        return ""
+    items = "".join(f'<li id="{one.key}"><strong>{one.title}</strong> {text_html(one.why)}.</li>' for one in missing)
+    return (
+        '<section id="missing" aria-labelledby="h-missing"><h2 id="h-missing">Not in these results</h2>'
+        f'<ul class="missing">{items}</ul></section>'
+    )
 
 
 def _figure_html(figure: Figure) -> str:

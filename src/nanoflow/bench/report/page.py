@@ -13,8 +13,8 @@ from nanoflow.analysis.report import si
 from nanoflow.analysis.svg.axis import number
 from nanoflow.analysis.svg.canvas import STRIPES, theme
 from nanoflow.bench.report.ablation import ablation, baseline
-from nanoflow.bench.report.figure import Missing, Section, Table, percent
-from nanoflow.bench.report.html import section_html, table_html, text_html
+from nanoflow.bench.report.figure import Figure, Missing, Section, Table, percent
+from nanoflow.bench.report.html import missing_html, section_html, table_html, text_html
 from nanoflow.bench.report.latency import latency
 from nanoflow.bench.report.pipelines import gantt, resource_use
 from nanoflow.bench.report.reuse import reuse
@@ -57,7 +57,8 @@ def page(results: Sequence[BenchResult], sections: Sequence[Section], title: str
     """The whole document."""
     style = theme() + resources.files("nanoflow.bench.report").joinpath("assets/report.css").read_text(encoding="utf-8")
     links = "".join(f'<li><a href="#{s.key}"{_absent(s)}>{s.title}</a></li>' for s in sections)
-    body = "".join(section_html(section) for section in sections)
+    body = "".join(section_html(section) for section in sections if isinstance(section, Figure))
+    body += missing_html([section for section in sections if isinstance(section, Missing)])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

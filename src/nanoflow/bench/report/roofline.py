@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from nanoflow.analysis.bound import Limit
 from nanoflow.analysis.cost import iteration_costs, total
@@ -22,7 +23,8 @@ KEY, TITLE = "roofline", "Roofline"
 HEADS = {"head": (Op.LM_HEAD, Op.SAMPLE)}
 """Names of traced operations that stand for several of the cost model."""
 LINES = {Limit.COMPUTE: "line compute", Limit.MEMORY: "line memory", Limit.POWER: "line power dash"}
-DOT_PX = 8.5
+DOT_PX = 5.0
+LABEL_PX = 13.0
 SAMPLES = 120
 
 
@@ -94,7 +96,9 @@ def _runs(results: Sequence[BenchResult], rates: MachineRates) -> list[Point]:
                 flops = bound.floors_s["compute"] * bound.rates.flops_per_s
                 mem_bytes = bound.floors_s["memory"] * bound.rates.mem_bytes_per_s
                 name = f"{result.workload.name}, {engine_label(result, series)}"
-                points.append(_point(name, flops, mem_bytes, series.runs[-1].elapsed_s, rates, whole=True))
+                points.append(
+                    _point(name, flops, mem_bytes, fmean(run.elapsed_s for run in series.runs), rates, whole=True)
+                )
     return points
 
 
@@ -126,8 +130,12 @@ def draw_roofline(rates: MachineRates, points: Sequence[Point], width: float, cl
     canvas.text(width / 2, height - 10, "FLOPs a byte of memory", "tick", "middle")
     for limit in shown:
         canvas.polyline(_roof(rates, limit, x_axis, y_axis), LINES[limit])
-    for index, point in reversed(list(enumerate(points, 1))):
-        _draw_point(canvas, (x_axis.at(point.intensity), y_axis.at(point.flops_per_s / 1e9)), index, point)
+    places = [(x_axis.at(point.intensity), y_axis.at(point.flops_per_s / 1e9)) for point in points]
+    for place, point in zip(places, points, strict=True):
+        _draw_point(canvas, place, point)
+    for index, (place, label) in enumerate(zip(places, label_places(places), strict=True), 1):
+        canvas.line(place, (label[0] - 1, label[1] - 4), "axis")
+        canvas.text(*label, str(index), "strong")
     said = "; ".join(
         f"{index} {point.name}: {number(point.flops_per_s / 1e9)} GFLOP/s at {number(point.intensity)} FLOPs a byte"
         for index, point in enumerate(points, 1)
@@ -143,10 +151,29 @@ def _roof(rates: MachineRates, limit: Limit, x_axis: Axis, y_axis: Axis) -> list
     return [(x_axis.at(x), y_axis.at(y)) for x, y in values if y_axis.low <= y <= y_axis.high]
 
 
-def _draw_point(canvas: Canvas, at: tuple[float, float], index: int, point: Point) -> None:
+def _draw_point(canvas: Canvas, at: tuple[float, float], point: Point) -> None:
     tip = f"{point.name}: {number(point.flops_per_s / 1e9)} GFLOP/s at {number(point.intensity)} FLOPs a byte"
     if point.whole:
         canvas.rect(at[0] - DOT_PX, at[1] - DOT_PX, 2 * DOT_PX, 2 * DOT_PX, "dot ours", tip)
     else:
         canvas.circle(at, DOT_PX, "dot memory" if point.limit is Limit.MEMORY else "dot compute", tip)
-    canvas.text(at[0], at[1] + 4, str(index), "on", "middle")
+
+
+def label_places(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A place for the number of each dot, right of it, moved down until it covers no other number and no other dot."""
+    found: dict[int, tuple[float, float]] = {}
+    for index in sorted(range(len(places)), key=lambda i: places[i][1]):
+        x, y = places[index][0] + DOT_PX + 7, places[index][1] + 4
+        while _covers((x, y), list(found.values()), [dot for i, dot in enumerate(places) if i != index]):
+            y += 1.0
+        found[index] = (x, y)
+    return [found[index] for index in range(len(places))]
+
+
+def _covers(
+    label: tuple[float, float], labels: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]
+) -> bool:
+    """Whether a number with this left end of its baseline touches another one or a dot."""
+    x, y = label
+    on_label = any(abs(x - other[0]) < 2 * LABEL_PX and abs(y - other[1]) < LABEL_PX for other in labels)
+    return on_label or any(-DOT_PX - 18 < x - dot[0] < DOT_PX + 3 and abs(y - 4 - dot[1]) < DOT_PX + 7 for dot in dots)

@@ -7,6 +7,8 @@ through if every batch were full. The dotted one is the bound of the batches tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 
 from nanoflow.analysis.svg.axis import number
 from nanoflow.bench.report.bars import Bar, Group, Mark, draw_bars
@@ -49,13 +51,25 @@ def measured(result: BenchResult) -> list[Series]:
 
 
 def steady_bound(series: Series) -> Bound | None:
-    """The optimum: the workload's steady state, None where it is unknown."""
-    return next((bound for bound in series.runs[-1].bounds if bound.name.startswith(STEADY)), None)
+    """The optimum: the workload's steady state, a mean over the runs; None where it is unknown."""
+    return _mean([bound for run in series.runs for bound in run.bounds if bound.name.startswith(STEADY)])
 
 
 def done_bound(series: Series) -> Bound | None:
-    """The bound of the work that was done."""
-    return next((bound for bound in series.runs[-1].bounds if not bound.name.startswith(STEADY)), None)
+    """The bound of the work that was done, a mean over the runs."""
+    return _mean([bound for run in series.runs for bound in run.bounds if not bound.name.startswith(STEADY)])
+
+
+def _mean(bounds: Sequence[Bound]) -> Bound | None:
+    if not bounds:
+        return None
+    return replace(
+        bounds[-1],
+        bound_s=fmean(bound.bound_s for bound in bounds),
+        percent_of_bound=fmean(bound.percent_of_bound for bound in bounds),
+        tokens_per_s=fmean(bound.tokens_per_s for bound in bounds),
+        floors_s={name: fmean(bound.floors_s[name] for bound in bounds) for name in bounds[-1].floors_s},
+    )
 
 
 def engine_label(result: BenchResult, series: Series) -> str:
