@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -80,6 +81,20 @@ def three_lanes(graph: LayerGraph) -> Pipeline:
     return Pipeline("three-lanes", DENSE_BATCH, lanes, tuple(nano_ops))
 
 
+def lagging(graph: LayerGraph) -> Pipeline:
+    """Two nano-batches that take turns: the second one's feed-forward runs beside the first one's next attention."""
+    halves = [(0, 10), (10, DENSE_BATCH)]
+    attention = (Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION)
+    rest = [op for op in graph.ops if op not in (Op.QKV, *attention, Op.O)]
+
+    def half(rows: tuple[int, int], ops: Sequence[Op], behind: int = 0) -> list[NanoOp]:
+        return [NanoOp(op, *rows, "attention" if op in attention else "dense", behind=behind) for op in ops]
+
+    nano_ops = [*half(halves[0], (Op.QKV, *attention)), *half(halves[1], rest, behind=1), *half(halves[0], (Op.O,))]
+    nano_ops += [*half(halves[1], (Op.QKV, *attention)), *half(halves[0], rest), *half(halves[1], (Op.O,))]
+    return Pipeline("lagging", DENSE_BATCH, (LaneSpec("dense", 0.6), LaneSpec("attention", 0.4)), tuple(nano_ops))
+
+
 PIPELINES = {
     "sequential": lambda graph: sequential(graph, DENSE_BATCH),
     "halves": lambda graph: nano_batches(graph, DENSE_BATCH, [12]),
@@ -87,6 +102,7 @@ PIPELINES = {
     "rows": lambda graph: nano_batches(graph, DENSE_BATCH, range(1, DENSE_BATCH)),
     "two-lanes": two_lanes,
     "three-lanes": three_lanes,
+    "lagging": lagging,
 }
 
 

@@ -28,7 +28,10 @@ ROWS = 12
 
 @st.composite
 def pipelines(draw: st.DrawFn) -> Pipeline:
-    """Any valid pipeline of `ROWS` rows on up to three lanes, launched in a random topological order."""
+    """Any valid pipeline of `ROWS` rows on up to three lanes, launched in a random topological order.
+
+    Some nano-operations, and all that read of them, work a layer behind.
+    """
     lanes = draw(st.integers(1, 3))
     nano_ops: list[NanoOp] = []
     for op in GRAPH.ops:
@@ -38,6 +41,13 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
             for start, stop in zip(edges, edges[1:], strict=False)
         ]
     pipeline = Pipeline("random", ROWS, tuple(LaneSpec(f"lane{n}", 1.0) for n in range(lanes)), tuple(nano_ops))
+    for index, needed in enumerate(pipeline.dependencies(GRAPH)):
+        own = [dep.producer for dep in needed if not dep.layer_back]
+        behind = max([nano_ops[i].behind for i in own] or [-1])
+        if behind == 0:  # not a QKV, which would then wait for itself
+            behind = int(draw(st.integers(0, 5)) == 0)
+        nano_ops[index] = replace(nano_ops[index], behind=max(0, behind))
+    pipeline = replace(pipeline, nano_ops=tuple(nano_ops))
     order = _random_topological_order(pipeline, random.Random(draw(st.integers(0, 10**6))))
     shuffled = Pipeline("random", ROWS, pipeline.lanes, tuple(nano_ops[index] for index in order))
     shuffled.validate(GRAPH)

@@ -150,6 +150,10 @@ def shift(index: int, start: int, stop: int) -> Callable[[list[NanoOp]], Any]:
         (lambda n: n.insert(1, n.pop(2)), None),  # still after what it reads: the first half's attention may start
         (lambda n: n.insert(1, n.pop(3)), "move it after"),
         (lambda n: n.append(replace(n.pop(), lane="nowhere")), "'nowhere'"),
+        (lambda n: n.append(replace(n.pop(), behind=-1)), "give 0 or more"),
+        (lambda n: n.append(replace(n.pop(), behind=1)), "move it after"),  # QKV would read what comes later
+        (lambda n: n.insert(0, replace(n.pop(), behind=1)), None),  # its layer's end, just before the next QKV
+        (lambda n: n.insert(0, replace(n.pop(0), behind=1)), "as many layers behind"),
     ],
 )
 def test_validation(change: Callable[[list[NanoOp]], Any], sentence: str | None) -> None:
@@ -199,6 +203,7 @@ BAD_FILES = {
     "op missing": edited(lambda d: d["nano_ops"][0].pop("op")),
     "half a row": edited(lambda d: d["nano_ops"][0].update(stop=7.5)),
     "row as text": edited(lambda d: d["nano_ops"][0].update(start="0")),
+    "half a layer behind": edited(lambda d: d["nano_ops"][0].update(behind=0.5)),
     "row as truth": edited(lambda d: d["nano_ops"][0].update(stop=True)),
     "endless batch": edited(lambda d: d.update(dense_batch=float("inf"))),
     "meta a text": edited(lambda d: d.update(meta="x")),

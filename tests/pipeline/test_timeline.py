@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -94,6 +95,26 @@ def test_after_holds_a_nano_operation_back_and_survives_json() -> None:
         two_lanes(after=(Dependency(99),)).validate(graph)
     with pytest.raises(PipelineError, match="move it after"):
         two_lanes(after=(Dependency(11),)).validate(graph)
+
+
+def test_a_lagging_half_runs_beside_the_other_half() -> None:
+    """The second half's FFN a layer behind: attention hides beside it, which a layer in order cannot do."""
+    graph = layer_graph(LLAMA)
+    q, d, p, o, u, w = (NanoOp(op, 0, 4, "compute") for op in graph.ops)
+    second = [replace(nano, start=4, stop=8) for nano in (q, d, p, o, u, w)]
+    d, second[1] = replace(d, lane="memory"), replace(second[1], lane="memory")
+    late = [replace(nano, behind=1) for nano in second[4:]]
+    pipeline = replace(two_lanes(), nano_ops=(q, d, *late, p, o, *second[:2], u, w, *second[2:4]))
+    in_order = replace(pipeline, nano_ops=(q, d, second[0], second[1], p, o, *second[2:4], u, w, *second[4:]))
+
+    def cost(nano: NanoOp, share: float) -> float:
+        return 30.0 if nano.op is Op.DECODE_ATTENTION else 15.0 if nano.op in (Op.GATE_UP, Op.DOWN) else 1.0
+
+    overlapped = predict(pipeline, graph, cost)
+    assert overlapped.period_us == pytest.approx(2 * 33.0), "compute never waits"
+    assert overlapped.period_us < predict(in_order, graph, cost).period_us
+    assert overlapped.latency_us == pytest.approx(66.0 + 31.0), "the second half ends in the next round"
+    assert "gate_up -1" in render_timeline(overlapped)
 
 
 def test_deadlock_is_an_error() -> None:

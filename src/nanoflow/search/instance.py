@@ -44,17 +44,32 @@ class Instance:
 
     `choices` has one entry a group of rows with equivalent forms: per form, the tasks that it needs (a solution uses
     exactly one form and leaves out the tasks of the others). Without choices every task runs.
+
+    `behind` has the layers by which each task is behind the round that it runs in (none: all 0). `reads` count in
+    rounds.
     """
 
     tasks: tuple[NanoOp, ...]
     reads: tuple[Precedence, ...]
     choices: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    behind: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def resource(self, task: int) -> Resource:
         return RESOURCE[self.tasks[task].op]
+
+    def lag(self, task: int) -> int:
+        """Layers by which `task` is behind its round."""
+        return self.behind[task] if self.behind else 0
+
+    def lagging(self, behind: Sequence[int]) -> Instance:
+        """The same tasks, each some layers behind its round. Reads must stay at 0 rounds or more."""
+        by = [late - self.lag(task) for task, late in enumerate(behind)]
+        reads = tuple(Precedence(e.before, e.after, e.back + by[e.after] - by[e.before]) for e in self.reads)
+        assert all(edge.back >= 0 for edge in reads), "a task would run before what it reads"
+        return Instance(self.tasks, reads, self.choices, tuple(behind))
 
     def by_resource(self) -> dict[Resource, list[int]]:
         """Tasks of each resource in use."""
@@ -84,7 +99,8 @@ class Instance:
         reads = tuple(
             Precedence(new[e.before], new[e.after], e.back) for e in self.reads if {e.before, e.after} <= set(new)
         )
-        return Instance(tuple(self.tasks[index] for index in kept), reads)
+        behind = tuple(self.behind[index] for index in kept) if self.behind else ()
+        return Instance(tuple(self.tasks[index] for index in kept), reads, (), behind)
 
     @cached_property
     def row_order(self) -> tuple[Precedence, ...]:
@@ -93,7 +109,7 @@ class Instance:
         for index, task in enumerate(self.tasks):
             pieces.setdefault(task.op, []).append(index)
         ordered = [sorted(group, key=lambda index: self.tasks[index].start) for group in pieces.values()]
-        return tuple(Precedence(a, b) for group in ordered for a, b in pairwise(group))
+        return tuple(Precedence(a, b, self.lag(b) - self.lag(a)) for group in ordered for a, b in pairwise(group))
 
     @cached_property
     def known(self) -> tuple[Precedence, ...]:

@@ -15,6 +15,7 @@ from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.pipeline import NanoOp
 
+MOST_SHARES_AT_ONCE = 12
 DEFAULT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -75,6 +76,19 @@ class Problem:
     @property
     def dense_batch(self) -> int:
         return self.mix.dense_batch
+
+    @property
+    def coarse_shares(self) -> tuple[float, ...]:
+        """Shares to begin with where there are many: evenly spaced ones, the whole device among them."""
+        falling = sorted(self.shares, reverse=True)
+        return tuple(falling[:: -(-len(falling) // MOST_SHARES_AT_ONCE)])
+
+    def shares_near(self, share: float) -> tuple[float, ...]:
+        """Those between the neighbours of `share` among the coarse ones."""
+        coarse = sorted(self.coarse_shares)
+        low = max((other for other in coarse if other < share), default=0.0)
+        high = min((other for other in coarse if other > share), default=1.0)
+        return tuple(other for other in self.shares if low <= other <= high)
 
     def solo_us(self, task: NanoOp) -> float:
         """Time of `task` alone on the whole device, in µs; 0 where its rows hold nothing for it."""

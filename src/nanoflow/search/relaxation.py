@@ -9,6 +9,10 @@ R_k.
     T ≥ power floor
 
 Every schedule of these tasks, in any order, satisfies the rows, so the least T bounds its period from below.
+
+With `reads` the starts come back: s_j + h·T ≥ s_i + Σ_k x_ik · T_i / P(R_k) for what j reads, h layers back. A
+nano-batch then has to pass its layer within a period, or run its ops faster and pay with share. Every schedule
+satisfies these rows as well, whichever layers its lanes work on, so this bound is valid too, and higher.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import math
 from dataclasses import dataclass
 
 from nanoflow.search.instance import Instance
-from nanoflow.search.period_model import PeriodModel
+from nanoflow.search.period_model import PeriodModel, plus
 from nanoflow.search.problem import Problem
 
 
@@ -30,7 +34,7 @@ class Relaxation:
     shares: tuple[float, ...]
 
 
-def relax(problem: Problem, instance: Instance) -> Relaxation:
+def relax(problem: Problem, instance: Instance, reads: bool = False) -> Relaxation:
     """Solve the linear programme above. Where forms are open, their parts sum to 1 and each counts by its part."""
     model = PeriodModel(instance, math.inf)
     milp = model.milp
@@ -56,6 +60,12 @@ def relax(problem: Problem, instance: Instance) -> Relaxation:
         milp.add_row(row | {period: 1.0}, lower=0.0)
     area = {column: -share * time for columns in parts for column, (share, time) in columns.items()}
     milp.add_row(area | {period: 1.0}, lower=0.0)
+    if reads:
+        starts = [milp.add_var(0.0) for _ in instance.tasks]
+        for edge in instance.reads:
+            row = {column: -time for column, (_, time) in parts[edge.before].items()}
+            row |= {period: float(edge.back)}
+            milp.add_row(plus(row, {starts[edge.after]: 1.0}, {starts[edge.before]: -1.0}), lower=0.0)
     outcome = milp.solve(relax=True)
     assert outcome.values is not None, "share 1 for every task is always feasible"
     values = outcome.values

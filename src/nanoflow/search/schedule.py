@@ -97,6 +97,7 @@ class Schedule:
                 lane=lane_of[index],
                 variant=self.problem.variant(task),
                 after=tuple(sorted(after.get(index, ()), key=lambda d: (d.layer_back, d.producer))),
+                behind=self.instance.lag(index),
             )
             for index in order
         )

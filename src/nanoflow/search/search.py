@@ -23,6 +23,7 @@ from nanoflow.search.layouts import refinements, uniform_layouts
 from nanoflow.search.milp import OnProgress, Progress
 from nanoflow.search.problem import Problem
 from nanoflow.search.relaxation import relax
+from nanoflow.search.rotation import solve_rotation, turns_of
 from nanoflow.search.schedule import Schedule
 from nanoflow.search.stage1 import solve_stage1
 from nanoflow.search.stage2 import Stage2Result, one_at_a_time, solve_stage2
@@ -54,14 +55,17 @@ DEFAULT_LIMITS = SearchLimits()
 class Candidate:
     """A pipeline with its prediction, per layer in µs.
 
-    `bound_us` is the relaxation of stage 2 at these sizes (no bubbles, only the shares are paid), `proven_us` what the
-    MILP proved for these sizes, `stage1_us` the period if ops did not interfere.
+    `bound_us` is the relaxation of stage 2 at these sizes (no bubbles, only the shares are paid), `reads_bound_us` the
+    same with what ops read of each other. `proven_us` is what the MILP proved for these sizes with layers in order (and
+    coarse shares where there are many; in turns: `reads_bound_us`), `stage1_us` the period, so, if ops did not
+    interfere.
     """
 
     pipeline: Pipeline
     timeline: Timeline
     period_us: float
     bound_us: float
+    reads_bound_us: float
     proven_us: float
     stage1_us: float
     seconds: float
@@ -78,6 +82,7 @@ class Candidate:
             "period_us": self.period_us,
             "bound_us": self.bound_us,
             "over_bound": self.gap,
+            "reads_bound_us": self.reads_bound_us,
             "proven_us": self.proven_us,
             "stage1_us": self.stage1_us,
             "nano_ops": len(self.pipeline.nano_ops),
@@ -105,7 +110,7 @@ def baseline_candidate(problem: Problem, pipeline: Pipeline) -> Candidate:
     """A hand-written pipeline on full lanes with its prediction; its bound is its own period."""
     timeline = predict(pipeline, problem.graph, problem.time_us)
     period = max(timeline.period_us, problem.power_floor_us(pipeline.nano_ops))
-    return _described(Candidate(pipeline, timeline, period, period, period, period, 0.0), problem)
+    return _described(Candidate(pipeline, timeline, period, period, period, period, period, 0.0), problem)
 
 
 class _Search:
@@ -185,19 +190,37 @@ class _Search:
     def _solve(self, layout: Layout, instance: Instance, bound_us: float, note: str) -> None:
         began = time.monotonic()
         first = self._stage1([instance], note)
-        if first.bound_us >= self.cutoff_us or self.left_s <= 0:
-            return
-        second = solve_stage2(
-            one_at_a_time(first.schedule),
-            instance,
-            seconds=min(self.left_s, self.limits.solve_seconds),
-            nodes=self.limits.solve_nodes,
-            threads=self.limits.threads,
-            cutoff_us=self.cutoff_us,
-            on_progress=self._reporter(note),
-        )
-        if second is not None and second.schedule.period_us < self.cutoff_us:
-            self._keep(layout, second, bound_us, first.schedule.period_us, time.monotonic() - began, note)
+        turns = turns_of(self.problem, layout, instance)
+        bounds = (bound_us, relax(self.problem, instance, reads=True).bound_us)
+        stage1_us = first.schedule.period_us
+        if turns is not None and bounds[1] < self.cutoff_us and self.left_s > 0:
+            limits = self._limits_of_a_solve(f"{note} in turns")
+            rotated = solve_rotation(self.problem, turns, cutoff_us=self.cutoff_us, **limits)
+            self._keep(layout, rotated, bounds, stage1_us, time.monotonic() - began, f"{note} in turns")
+        if max(first.bound_us, bounds[1]) < self.cutoff_us and self.left_s > 0:
+            began = time.monotonic()
+            in_order = self._in_order(first.schedule, instance, note)
+            self._keep(layout, in_order, bounds, stage1_us, time.monotonic() - began, note)
+
+    def _in_order(self, start: Schedule, instance: Instance, note: str) -> Stage2Result | None:
+        """Stage 2 with the coarse shares; then all shares around those that it chose, in the order that it chose."""
+        problem, cutoff = self.problem, self.cutoff_us
+        coarse = [problem.coarse_shares] * len(instance)
+        limits = self._limits_of_a_solve(note)
+        found = solve_stage2(one_at_a_time(start), instance, cutoff_us=cutoff, levels=coarse, **limits)
+        if found is None or len(problem.coarse_shares) == len(problem.shares) or self.left_s <= 0:
+            return found
+        near = [problem.shares_near(share) for share in found.schedule.shares]
+        finer = solve_stage2(found.schedule, levels=near, **self._limits_of_a_solve(note))
+        return found if finer is None else replace(finer, bound_us=found.bound_us, optimal=False)
+
+    def _limits_of_a_solve(self, note: str) -> dict[str, Any]:
+        return {
+            "seconds": min(self.left_s, self.limits.solve_seconds),
+            "nodes": self.limits.solve_nodes,
+            "threads": self.limits.threads,
+            "on_progress": self._reporter(note),
+        }
 
     def _stage1(self, family: list[Instance], note: str) -> Any:
         seconds = min(self.left_s, self.limits.solve_seconds)
@@ -206,18 +229,27 @@ class _Search:
         )
 
     def _keep(
-        self, layout: Layout, result: Stage2Result, bound_us: float, stage1_us: float, seconds: float, note: str
+        self,
+        layout: Layout,
+        result: Stage2Result | None,
+        bounds_us: tuple[float, float],
+        stage1_us: float,
+        seconds: float,
+        note: str,
     ) -> None:
+        if result is None or result.schedule.period_us >= self.cutoff_us:
+            return
         pipeline = result.schedule.to_pipeline(self._new_name(note.replace(" ", "-")))
         if any(pipeline.nano_ops == known.pipeline.nano_ops for known in self.found):
             return
         timeline = predict(pipeline, self.problem.graph, self._cost(result.schedule))
         period = max(timeline.period_us, result.schedule.period_us)
-        candidate = Candidate(pipeline, timeline, period, bound_us, result.bound_us, stage1_us, seconds)
+        candidate = Candidate(pipeline, timeline, period, *bounds_us, result.bound_us, stage1_us, seconds)
         self.layout_of[pipeline.name] = layout
         self.found = sorted([*self.found, _described(candidate, self.problem)], key=lambda one: one.period_us)
         if self.on_progress is not None:
-            self.on_progress(Progress("found", self.best_us, bound_us, time.monotonic() - self.began, pipeline.name))
+            seconds = time.monotonic() - self.began
+            self.on_progress(Progress("found", self.best_us, candidate.bound_us, seconds, pipeline.name))
 
     def _new_name(self, name: str) -> str:
         """`name`, or with a number if an earlier candidate has it."""

@@ -39,11 +39,22 @@ class Stage2Result:
 
 
 class _Model(PeriodModel):
-    """The columns and rows above. With `order` the forms and lane orders of that schedule are kept."""
+    """The columns and rows above, each task with the shares of `levels`.
 
-    def __init__(self, problem: Problem, instance: Instance, horizon: float, order: Schedule | None) -> None:
+    With `order` the forms and lane orders of that schedule are kept.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        instance: Instance,
+        horizon: float,
+        order: Schedule | None,
+        levels: Sequence[Sequence[float]],
+    ) -> None:
         super().__init__(instance, horizon)
         self.problem = problem
+        self.levels = levels
         self.order = [] if order is None else order.resource_order()
         self.add_forms()
         self.modes = [self._add_modes(index) for index in range(len(instance))]  # column z → (share, time)
@@ -65,7 +76,7 @@ class _Model(PeriodModel):
         task, present = self.instance.tasks[index], self.presence[index]
         columns = {}
         fastest = math.inf
-        for share in sorted(self.problem.shares):
+        for share in sorted(self.levels[index]):
             time = self.problem.time_us(task, share)
             if time <= self.horizon * (1 + 1e-9) and (time < fastest):  # a larger share that is not faster is no use
                 columns[self.milp.add_binary()] = (share, time)
@@ -142,17 +153,21 @@ def solve_stage2(
     nodes: int | None = None,
     threads: int = 1,
     cutoff_us: float = math.inf,
+    levels: Sequence[Sequence[float]] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Stage2Result | None:
     """The best shares, beginning from `start` (a schedule whose shares never exceed 1).
 
     With `instance`, the same sizes with every form, the forms and orders are chosen anew; without, those of `start`
-    stay. Periods of `cutoff_us` and above are not looked for; None if there is none below it.
+    stay. `levels` has the shares to choose from for each task (by default all; those of `start` must be among them).
+    Periods of `cutoff_us` and above are not looked for; None if there is none below it.
     """
     assert start.breach() is None, start.breach()
     horizon = start.period_us * (1 + SHARE_EPSILON)
     usable = horizon <= cutoff_us
-    model = _Model(start.problem, instance or start.instance, min(horizon, cutoff_us), None if instance else start)
+    tasks = instance or start.instance
+    levels = levels or [start.problem.shares] * len(tasks)
+    model = _Model(start.problem, tasks, min(horizon, cutoff_us), None if instance else start, levels)
     try:
         outcome = model.milp.solve(
             seconds=seconds,
