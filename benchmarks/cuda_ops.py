@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 class Power:
-    """Energy of the card since a moment, in joules, from NVML."""
+    """The card's energy counter, from NVML, read between its ticks (it moves about ten times a second)."""
 
     def __init__(self) -> None:
         import pynvml
@@ -52,6 +52,18 @@ class Power:
 
     def joules(self) -> float:
         return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card)) / 1000
+
+    def watts_during(self, step: Callable[[], None], seconds: float) -> float:
+        """Repeat `step` (which waits for itself) for about `seconds`; mean power from the first tick to the last."""
+        begun, seen, ticks = time.perf_counter(), self.joules(), []
+        while time.perf_counter() - begun < seconds or len(ticks) < 3:
+            step()
+            now = self.joules()
+            if now != seen:
+                seen = now
+                ticks.append((time.perf_counter(), now))
+        (first, before), (last, after) = ticks[0], ticks[-1]
+        return (after - before) / (last - first)
 
 
 @dataclass
@@ -92,11 +104,12 @@ def measure(calls: Sequence[Callable[[], None]], power: Power | None = None, sec
     burst = statistics.median(elapsed_us(graph, 1) for _ in range(9))
     if power is None:
         return Timing(burst / len(calls), 0.0, 0.0)
-    elapsed_us(graph, max(1, int(0.25 * seconds * 1e6 / burst)))
-    begun, before = time.perf_counter(), power.joules()
-    sustained = elapsed_us(graph, max(1, int(seconds * 1e6 / burst)))
-    watts = (power.joules() - before) / (time.perf_counter() - begun)
-    return Timing(burst / len(calls), sustained / len(calls), watts)
+    per_step = max(1, int(10_000 / burst))
+    durations: list[float] = []
+    power.watts_during(lambda: durations.append(elapsed_us(graph, per_step)), 0.3 * seconds)
+    durations.clear()
+    watts = power.watts_during(lambda: durations.append(elapsed_us(graph, per_step)), seconds)
+    return Timing(burst / len(calls), statistics.mean(durations) / len(calls), watts)
 
 
 def normal(rows: int, columns: int) -> Tensor:

@@ -23,38 +23,32 @@ _BLOCK = 4096
 
 
 @triton.jit
-def ordered_bits(x, EMPTY_BITS: tl.constexpr):
-    """Unsigned integers that order as the float32 `x` do."""
-    bits = x.to(tl.uint32, bitcast=True)
-    flipped = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    return flipped >> EMPTY_BITS
-
-
-@triton.jit
 def float_of(ordered, EMPTY_BITS: tl.constexpr):
-    """The smallest float32 whose `ordered_bits` are `ordered`; -inf for what is no number."""
+    """The smallest float32 whose bits, flipped to order as unsigned integers and cut short, are `ordered`.
+
+    Past the numbers of a sign lies its infinity: comparing with it is right, comparing with a NaN is not.
+    """
     flipped = ordered << EMPTY_BITS
-    bits = tl.where((flipped >> 31) != 0, flipped & 0x7FFFFFFF, flipped ^ 0xFFFFFFFF)
-    x = bits.to(tl.float32, bitcast=True)
-    return tl.where(x == x, x, float("-inf"))
+    is_positive = (flipped >> 31) != 0
+    x = tl.where(is_positive, flipped & 0x7FFFFFFF, flipped ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
+    return tl.where(x == x, x, tl.where(is_positive, float("inf"), float("-inf")))
 
 
 @triton.jit
-def _weights(row_ptr, v, V, top, factor, lowest, EMPTY_BITS: tl.constexpr, MASS: tl.constexpr):
-    """(ordered bits, weight) of tokens `v`: 1, or the probability relative to the likeliest; 0 below `lowest`."""
+def _weights(row_ptr, v, V, top, factor, lowest, MASS: tl.constexpr):
+    """(logit, weight) of tokens `v`: 1, or with MASS the probability relative to the likeliest, 0 below `lowest`."""
     x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
-    ordered = ordered_bits(x, EMPTY_BITS)
-    weight = tl.full(x.shape, 1.0, tl.float32)
     if MASS:
-        weight = tl.exp2((x - top) * factor)
-    return ordered, tl.where((v < V) & (ordered >= lowest), weight, 0.0)
+        return x, tl.where(x >= lowest, tl.exp2((x - top) * factor), 0.0)
+    else:
+        return x, tl.full(x.shape, 1, tl.int32)
 
 
 @triton.jit
-def _total(row_ptr, V, top, factor, lowest, EMPTY_BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _total(row_ptr, V, top, factor, lowest, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
-        _, weight = _weights(row_ptr, start + tl.arange(0, BLOCK), V, top, factor, lowest, EMPTY_BITS, True)
+        _, weight = _weights(row_ptr, start + tl.arange(0, BLOCK), V, top, factor, lowest, True)
         total += weight
     return tl.sum(total, 0)
 
@@ -64,28 +58,31 @@ def _largest_reaching(
     need, row_ptr, V, top, factor, lowest,
     EMPTY_BITS: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The largest ordered bits at or above which the row's weights sum to `need` or more (0 if none)."""
+    """The largest logit at or above which the row's weights sum to `need` or more."""
     N_PASSES: tl.constexpr = (33 - EMPTY_BITS) // 2
+    WEIGHT: tl.constexpr = tl.float32 if MASS else tl.int32
     found = tl.zeros((), tl.uint32)
     unit = tl.full((), 1 << (2 * (N_PASSES - 1)), tl.uint32)
     for _ in range(N_PASSES):
-        one = tl.zeros([BLOCK], tl.float32)
-        two = tl.zeros([BLOCK], tl.float32)
-        three = tl.zeros([BLOCK], tl.float32)
+        first = float_of(found + unit, EMPTY_BITS)
+        second = float_of(found + unit * 2, EMPTY_BITS)
+        third = float_of(found + unit * 3, EMPTY_BITS)
+        first_b = tl.zeros([BLOCK], WEIGHT)
+        second_b = tl.zeros([BLOCK], WEIGHT)
+        third_b = tl.zeros([BLOCK], WEIGHT)
         for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            ordered, weight = _weights(row_ptr, v, V, top, factor, lowest, EMPTY_BITS, MASS)
-            one += tl.where(ordered >= found + unit, weight, 0.0)
-            two += tl.where(ordered >= found + unit * 2, weight, 0.0)
-            three += tl.where(ordered >= found + unit * 3, weight, 0.0)
+            x, weight = _weights(row_ptr, start + tl.arange(0, BLOCK), V, top, factor, lowest, MASS)
+            first_b += tl.where(x >= first, weight, 0)
+            second_b += tl.where(x >= second, weight, 0)
+            third_b += tl.where(x >= third, weight, 0)
         n_reaching = (
-            (tl.sum(one, 0) >= need).to(tl.uint32)
-            + (tl.sum(two, 0) >= need).to(tl.uint32)
-            + (tl.sum(three, 0) >= need).to(tl.uint32)
+            (tl.sum(first_b, 0) >= need).to(tl.uint32)
+            + (tl.sum(second_b, 0) >= need).to(tl.uint32)
+            + (tl.sum(third_b, 0) >= need).to(tl.uint32)
         )
         found += unit * n_reaching
         unit = unit >> 2
-    return found
+    return float_of(found, EMPTY_BITS)
 
 
 @triton.jit
@@ -107,7 +104,7 @@ def _row_floor(
     top_p = tl.load(top_p_ptr + row)
     min_p = tl.load(min_p_ptr + row)
     has_top_k = (top_k > 0) & (top_k < V)
-    floor = float("-inf")
+    floor = tl.full((), float("-inf"), tl.float32)
     if (temperature > 0.0) & (has_top_k | (top_p < 1.0) | (min_p > 0.0)):
         row_ptr = logits_ptr + row * stride
         top_b = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -117,15 +114,12 @@ def _row_floor(
         top = tl.max(top_b, 0)
         temperature = tl.maximum(temperature, 1.0e-6)
         factor = 1.4426950408889634 / temperature
-        lowest = tl.zeros((), tl.uint32)
         if has_top_k:
-            lowest = _largest_reaching(top_k.to(tl.float32), row_ptr, V, top, factor, lowest, EMPTY_BITS, False, BLOCK)
+            floor = _largest_reaching(top_k, row_ptr, V, top, factor, floor, EMPTY_BITS, False, BLOCK)
         if top_p < 1.0:
-            need = top_p * _total(row_ptr, V, top, factor, lowest, EMPTY_BITS, BLOCK)
             # A top-p of 0 keeps the likeliest token, so the need is at least the smallest positive number.
-            need = tl.maximum(need, 1.0e-38)
-            lowest = _largest_reaching(need, row_ptr, V, top, factor, lowest, EMPTY_BITS, True, BLOCK)
-        floor = float_of(lowest, EMPTY_BITS)
+            need = tl.maximum(top_p * _total(row_ptr, V, top, factor, floor, BLOCK), 1.0e-37)
+            floor = _largest_reaching(need, row_ptr, V, top, factor, floor, EMPTY_BITS, True, BLOCK)
         if min_p > 0.0:
             floor = tl.maximum(floor, top + temperature * tl.log(min_p))
     tl.store(floor_ptr + row, floor)
