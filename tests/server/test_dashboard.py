@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from tests.server.conftest import RunningServer, running_server, wait_until
 from tests.server.fake_engine import MODEL, FakeEngine
 
-from nanoflow.core.stats import EngineStats, WorkDone
+from nanoflow.core.stats import EngineStats, TierFill, WorkDone
 from nanoflow.pipeline.baselines import nano_batches
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.server import feed
@@ -201,6 +201,17 @@ def test_sample_is_work_against_the_bound() -> None:
     assert (got["limit"], got["use"]) == ("memory", {"compute": 0.25, "memory": 0.5})
     assert (got["tokens_per_s"], got["output_tokens_per_s"], got["bound_tokens_per_s"]) == (100.0, 50.0, 200.0)
     assert (got["percent_of_bound"], got["busy"], got["power_w"], got["batch_tokens"]) == (50.0, 0.5, 10.0, 7)
+
+
+def test_tiers_below_the_device_are_shown_after_it() -> None:
+    tiers = (TierFill("dram", 3, 10), TierFill("ssd", 7, 100))
+    stats = {"kv_pages_used": 1, "kv_pages_total": 2, "kv_tiers": tiers}
+    got = sample(FakeEngine(), snapshot(1.0), snapshot(2.0, **stats))
+    assert [(t["name"], t["used"], t["total"]) for t in got["kv"]] == [
+        ("device", 1, 2),
+        ("dram", 3, 10),
+        ("ssd", 7, 100),
+    ]
 
 
 def test_idle_sample_names_no_bound() -> None:

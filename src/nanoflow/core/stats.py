@@ -28,6 +28,15 @@ class WorkDone:
 
 
 @dataclass(frozen=True)
+class TierFill:
+    """KV pages that a place below the device holds, of those it may hold."""
+
+    name: str
+    pages: int
+    capacity_pages: int
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Gauges and counters of one engine."""
 
@@ -42,3 +51,4 @@ class EngineStats:
     work: WorkDone = WorkDone()
     busy_s: float = 0.0  # time with at least one batch in flight
     energy_j: float | None = None  # since start, where the device can tell
+    kv_tiers: tuple[TierFill, ...] = ()  # below the device, nearest first

@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client import Histogram
 
-from nanoflow.core.stats import EngineStats
+from nanoflow.core.stats import EngineStats, TierFill
 from nanoflow.server.engine_api import Engine
 from nanoflow.server.metrics import Latencies
 
@@ -73,7 +73,10 @@ def sample(engine: Engine, earlier: Snapshot, later: Snapshot) -> dict[str, Any]
         "dense_batch": stats.dense_batch,
         "running": stats.n_running,
         "waiting": stats.n_waiting,
-        "kv": [{"name": "device", "used": stats.kv_pages_used, "total": stats.kv_pages_total}],
+        "kv": [
+            {"name": tier.name, "used": tier.pages, "total": tier.capacity_pages}
+            for tier in (TierFill("device", stats.kv_pages_used, stats.kv_pages_total), *stats.kv_tiers)
+        ],
         "finished": dict(stats.finished),
         "preemptions": stats.preemptions,
     }

@@ -78,7 +78,8 @@ function show(now) {
   put("rate", number(now.tokens_per_s));
   put("output-rate", number(now.output_tokens_per_s));
   put("bound-text", now.limit === null ? "no work at the moment" :
-    `${number(now.percent_of_bound, 2)} % of the ${now.limit} bound of ${number(now.bound_tokens_per_s)} tokens/s`);
+    `${number(now.percent_of_bound, 2)} % of the ${now.limit} bound of ${number(now.bound_tokens_per_s)} tokens/s` +
+    (now.percent_of_bound > 100 ? ", so this machine's rates were measured too low" : ""));
   meter(get("percent"), now.percent_of_bound / 100);
   put("limit", now.limit ?? "none: idle");
   meters(get("uses"), Object.entries(now.use).map(([name, share]) =>
