@@ -18,19 +18,21 @@ from nanoflow.bench import environment
 from nanoflow.bench.bounds import rates_of
 from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import over_runs, ratio_to
-from nanoflow.bench.offline import run_of, warm_up
-from nanoflow.bench.optimes import trace_plans, tracing
-from nanoflow.bench.result import BenchKind, BenchResult, IterationTrace, MachineInfo, ModelInfo, Run, Series
-from nanoflow.bench.session import OnProgress, Record, make_sequences, run_sequences
+from nanoflow.bench.offline import run_of, speed_text, traced, warm_up
+from nanoflow.bench.result import BenchKind, BenchResult, MachineInfo, ModelInfo, Run, Series
+from nanoflow.bench.session import OnNote, OnProgress, Record, make_sequences, run_sequences
 from nanoflow.bench.variants import OverlapSource, Ready, find_overlap, make_ready, variants_for
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.engine.build import Engine
+from nanoflow.engine.resolve import DEFAULTS, open_device
 from nanoflow.pipeline.pipeline import Pipeline
 
 PLAIN = "plain engine"
+ROOM_ON_GPU = 0.08
+"""Share of a GPU's memory left to the buffers and recordings of the other pipelines."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,29 @@ class AblationOptions:
 
 
 @dataclass(frozen=True)
+class _Telling:
+    """Who hears of progress, and of each run's end."""
+
+    on_progress: OnProgress | None
+    on_note: OnNote | None
+
+    def of(self, name: str) -> OnProgress | None:
+        """Progress of one variant."""
+        tell = self.on_progress
+        return None if tell is None else lambda done, total, word: tell(done, total, f"{name}, {word}")
+
+    def end(self, name: str, record: Record) -> None:
+        """A run has ended."""
+        if self.on_note is not None:
+            self.on_note(f"{name}: {speed_text(record)}")
+
+
+@dataclass(frozen=True)
 class _Measured:
     """What the engine of the pipelines gave."""
 
     series: list[Series]
+    notes: tuple[str, ...]
     machine: MachineInfo
     model: ModelInfo
     engine: dict[str, Any]
@@ -73,17 +94,17 @@ def run_ablation(
     *,
     command: tuple[str, ...] = (),
     on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
     show_progress: bool = False,
 ) -> BenchResult:
     """All variants. `config.pipeline` is ignored. Raises the errors of `build_engine`."""
-    started_at = environment.now_text()
+    started_at, tell = environment.now_text(), _Telling(on_progress, on_note)
     wanted = OverlapSource(options.workload, options.overlap, options.search_seconds, options.tune)
     overlap = find_overlap(config, wanted)
     # Prompts share nothing here, and cached pages of one variant are of no use to another.
     config = plain(config, overlap)
-    with built(config, show_progress=show_progress) as engine:
-        found = _pipelines(engine, overlap, requests, options, on_progress)
-    series = found.series + compare_options(config, requests, options, on_progress)
+    found = _pipelines(config, overlap, requests, options, tell, show_progress)
+    series = found.series + compare_options(config, requests, options, tell)
     return BenchResult(
         kind=BenchKind.ABLATION,
         title=f"{found.model.name}, {requests.info.name}, {len(requests)} requests at once, {options.rounds} rounds",
@@ -96,6 +117,7 @@ def run_ablation(
         series=tuple(series),
         engine=found.engine,
         seeds=tuple(sorted({run.seed for one in series for run in one.runs})),
+        notes=found.notes,
     )
 
 
@@ -106,33 +128,45 @@ def plain(config: EngineConfig, overlap: Pipeline | None) -> EngineConfig:
         if asked not in (None, overlap.dense_batch):
             raise ConfigError(f"dense_batch is {asked}, but the overlapping pipeline is for {overlap.dense_batch}.")
         config = config.with_options("scheduler", dense_batch=overlap.dense_batch)
+    if config.cache.kv_memory_bytes is None and config.cache.kv_memory_fraction is None:
+        device = open_device(config)
+        device.close()
+        fraction = DEFAULTS[device.kind].kv_fraction - (ROOM_ON_GPU if device.kind == "cuda" else 0.0)
+        config = config.with_options("cache", kv_memory_fraction=fraction)
     config = config.with_options("cache", enable_prefix_caching=False)
-    return EngineConfig(config.model, config.cache, config.scheduler, config.device, pipeline="sequential")
+    return replace(config, pipeline="sequential")
 
 
 def _pipelines(
-    engine: Engine,
+    config: EngineConfig,
     overlap: Pipeline | None,
     requests: RequestSet,
     options: AblationOptions,
-    on_progress: OnProgress | None,
+    tell: _Telling,
+    show_progress: bool,
 ) -> _Measured:
-    variants = variants_for(engine, overlap)
-    ready = [make_ready(engine, variant) for variant in variants if variant.pipeline is not None]
-    try:
-        records = _rounds(engine, ready, requests, options, on_progress)
+    """The variants that share one engine, which is gone afterwards."""
+    with built(config, show_progress=show_progress) as engine:
+        variants = variants_for(engine, overlap)
         rates = rates_of(engine)
-        measured = {
-            one.variant.name: _series(engine, one, rates, requests, records[one.variant.name], options) for one in ready
-        }
+        ready: list[Ready] = []
+        try:
+            ready += [make_ready(engine, variant) for variant in variants if variant.pipeline is not None]
+            records = _rounds(engine, ready, requests, options, tell)
+            found = {
+                one.variant.name: _series(engine, one, rates, requests, records[one.variant.name], options)
+                for one in ready
+            }
+        finally:
+            for one in ready:
+                one.device.close()
         series = [
-            measured.get(variant.name) or Series(variant.name, not_applicable=variant.reason) for variant in variants
+            found[variant.name][0] if variant.name in found else Series(variant.name, not_applicable=variant.reason)
+            for variant in variants
         ]
+        notes = tuple(dict.fromkeys(note for _, notes in found.values() for note in notes))
         machine, model = environment.machine_info(engine, rates), environment.model_info(engine)
-        return _Measured(with_ratios(series), machine, model, environment.engine_options(engine.config))
-    finally:
-        for one in ready:
-            one.device.close()
+        return _Measured(with_ratios(series), notes, machine, model, environment.engine_options(engine.config))
 
 
 def _rounds(
@@ -140,7 +174,7 @@ def _rounds(
     ready: list[Ready],
     requests: RequestSet,
     options: AblationOptions,
-    on_progress: OnProgress | None,
+    tell: _Telling,
 ) -> dict[str, list[tuple[int, Record]]]:
     for one in ready:
         _switch(engine, one)
@@ -149,8 +183,9 @@ def _rounds(
 
     def run(one: Ready, seed: int) -> None:
         _switch(engine, one)
-        tell = _telling(one.variant.name, on_progress)
-        records[one.variant.name].append((seed, run_sequences(engine, make_sequences(engine, requests, seed), tell)))
+        name, sequences = one.variant.name, make_sequences(engine, requests, seed)
+        records[name].append((seed, run_sequences(engine, sequences, tell.of(name))))
+        tell.end(name, records[name][-1][1])
 
     take_turns(ready, options, run)
     return records
@@ -176,29 +211,23 @@ def _series(
     requests: RequestSet,
     records: list[tuple[int, Record]],
     options: AblationOptions,
-) -> Series:
+) -> tuple[Series, tuple[str, ...]]:
+    """The variant's runs and trace, with notes on what could not be had."""
     runs = [run_of(engine, rates, requests, record, seed) for seed, record in records]
-    return Series(
+    trace, notes = traced(engine, one.launcher, records[-1][1].log.steady_plans(options.trace), rates)
+    series = Series(
         name=one.variant.name,
         runs=tuple(runs),
         numbers=over_runs(runs),
         options={"asynchronous": one.variant.asynchronous},
         pipeline=json.loads(one.pipeline.to_json()),
-        trace=_trace(engine, one.launcher, records[-1][1], rates, options),
+        trace=trace,
     )
-
-
-def _trace(
-    engine: Engine, launcher: Any, record: Record, rates: MachineRates, options: AblationOptions
-) -> IterationTrace | None:
-    executor = tracing(launcher)
-    if executor is None:
-        return None
-    return trace_plans(executor, record.log.steady_plans(options.trace), engine.spec, engine.config.model.dtype, rates)
+    return series, notes
 
 
 def compare_options(
-    config: EngineConfig, requests: RequestSet, options: AblationOptions, on_progress: OnProgress | None
+    config: EngineConfig, requests: RequestSet, options: AblationOptions, tell: _Telling
 ) -> list[Series]:
     """Engines that differ by options, in turn with the plain one; each run builds its engine."""
     if not options.compare:
@@ -211,7 +240,8 @@ def compare_options(
         with built(configs[name]) as engine:
             rates = rates_of(engine)
             warm_up(engine, requests, options.warmup)
-            record = run_sequences(engine, make_sequences(engine, requests, seed), _telling(name, on_progress))
+            record = run_sequences(engine, make_sequences(engine, requests, seed), tell.of(name))
+            tell.end(name, record)
             runs[name].append(run_of(engine, rates, requests, record, seed))
 
     take_turns(list(configs), options, run)
@@ -229,9 +259,3 @@ def with_ratios(series: list[Series]) -> list[Series]:
 def with_flat_options(config: EngineConfig, changes: Mapping[str, Any]) -> EngineConfig:
     """`config` with options replaced by their flat names. Raises `ConfigError` for an unknown one."""
     return EngineConfig.from_options(**{**environment.engine_options(config), **changes})
-
-
-def _telling(name: str, on_progress: OnProgress | None) -> OnProgress | None:
-    if on_progress is None:
-        return None
-    return lambda done, total, word: on_progress(done, total, f"{name}, {word}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 
 from nanoflow.core.config import EngineConfig
@@ -12,16 +13,18 @@ from nanoflow.engine.build import Engine, build_engine
 
 @contextlib.contextmanager
 def built(config: EngineConfig, *, show_progress: bool = False) -> Iterator[Engine]:
-    """An engine that is closed at the end. Keep nothing of it."""
+    """An engine that is closed at the end. Whoever builds another one afterwards must keep nothing of this one."""
+    _collect()
     engine = build_engine(config, show_progress=show_progress)
-    kind = engine.device.kind
     try:
         yield engine
     finally:
         engine.device.close()
-        del engine
-        gc.collect()
-        if kind == "cuda":
-            import torch
 
-            torch.cuda.empty_cache()
+
+def _collect() -> None:
+    """Free what an earlier engine left; a GPU's cached blocks too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -65,17 +65,20 @@ def run_multiround(
     started_at = environment.now_text()
     runs: dict[str, list[Run]] = {REUSE: [], NO_REUSE: []}
     found: _Found | None = None
+
+    def measure(variant: str, seed: int, found: _Found | None) -> tuple[Run, _Found]:
+        """On an engine that is gone before the next one is built."""
+        chosen = config.with_options("cache", enable_prefix_caching=variant == REUSE)
+        with built(chosen, show_progress=show_progress) as engine:
+            rates = rates_of(engine)
+            found = found or _find(engine, rates, name, trace, options)
+            talk = Conversing(engine, found.talks, seed=seed, concurrent=options.concurrent, think_s=options.think_s)
+            return _run(rates, talk.run(_telling(variant, on_progress)), found.talks, seed), found
+
     for number in range(options.runs):
         for variant, kept in runs.items():
-            chosen = config.with_options("cache", enable_prefix_caching=variant == REUSE)
-            with built(chosen, show_progress=show_progress) as engine:
-                rates = rates_of(engine)
-                found = found or _find(engine, rates, name, trace, options)
-                seed = options.seed + number
-                talk = Conversing(
-                    engine, found.talks, seed=seed, concurrent=options.concurrent, think_s=options.think_s
-                )
-                kept.append(_run(rates, talk.run(_telling(variant, on_progress)), found.talks, seed))
+            run, found = measure(variant, options.seed + number, found)
+            kept.append(run)
     assert found is not None
     series = tuple(
         Series(variant, tuple(kept), over_runs(kept), options={"enable_prefix_caching": variant == REUSE})

@@ -12,16 +12,21 @@ import numpy as np
 
 from nanoflow.bench import environment
 from nanoflow.bench.bounds import bounds_of_run, rates_of
+from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import energy_of, over_runs, throughput_numbers
 from nanoflow.bench.optimes import trace_plans, tracing
 from nanoflow.bench.result import BenchKind, BenchResult, Column, IterationTrace, Run, Series, rounded
-from nanoflow.bench.session import OnProgress, Record, make_sequences, run_sequences
+from nanoflow.bench.session import OnNote, OnProgress, Record, make_sequences, run_sequences
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.batch import BatchPlan
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
-from nanoflow.engine.build import Engine, build_engine
+from nanoflow.core.log import get_logger
+from nanoflow.engine.build import Engine
+from nanoflow.engine.core import Launcher
+
+_log = get_logger(__name__)
 
 WARM_UP_SEED = 0x3A53
 
@@ -47,27 +52,27 @@ def run_offline(
     *,
     command: tuple[str, ...] = (),
     on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
     show_progress: bool = False,
 ) -> BenchResult:
-    """Build the engine, run, measure the machine's rates, trace. Raises the errors of `build_engine`."""
+    """Build the engine, measure the machine's rates, run, trace. Raises the errors of `build_engine`."""
     started_at = environment.now_text()
-    engine = build_engine(config, show_progress=show_progress)
-    try:
+    with built(config, show_progress=show_progress) as engine:
         make_sequences(engine, requests.first(1), options.seed)
-        warm_up(engine, requests, options.warmup)
-        records = [
-            run_sequences(engine, make_sequences(engine, requests, seed), _telling(number, options.runs, on_progress))
-            for number, seed in enumerate(seeds_of(options))
-        ]
         rates = rates_of(engine)
+        warm_up(engine, requests, options.warmup)
+        records: list[Record] = []
+        for number, seed in enumerate(seeds_of(options)):
+            tell = _telling(number, options.runs, on_progress)
+            records.append(run_sequences(engine, make_sequences(engine, requests, seed), tell))
+            if on_note is not None:
+                on_note(f"run {number + 1} of {options.runs}: {speed_text(records[-1])}")
         runs = tuple(
             run_of(engine, rates, requests, record, seed)
             for record, seed in zip(records, seeds_of(options), strict=True)
         )
-        trace = traced(engine, records[-1].log.steady_plans(options.trace), rates)
-        series = Series(
-            engine.pipeline.name, runs, over_runs(runs), pipeline=json.loads(engine.pipeline.to_json()), trace=trace
-        )
+        trace, notes = traced(engine, engine.core.launcher, records[-1].log.steady_plans(options.trace), rates)
+        pipeline = json.loads(engine.pipeline.to_json())
         return BenchResult(
             kind=BenchKind.OFFLINE,
             title=f"{engine.spec.name}, {requests.info.name}, {len(requests)} requests at once",
@@ -77,12 +82,11 @@ def run_offline(
             machine=environment.machine_info(engine, rates),
             model=environment.model_info(engine),
             workload=requests.info,
-            series=(series,),
+            series=(Series(engine.pipeline.name, runs, over_runs(runs), pipeline=pipeline, trace=trace),),
             engine=environment.engine_options(engine.config),
             seeds=tuple(seeds_of(options)),
+            notes=notes,
         )
-    finally:
-        engine.device.close()
 
 
 def seeds_of(options: OfflineOptions) -> list[int]:
@@ -139,12 +143,24 @@ def request_columns(record: Record) -> dict[str, Column]:
     }
 
 
-def traced(engine: Engine, plans: list[BatchPlan], rates: MachineRates) -> IterationTrace | None:
-    """Where an iteration's time goes; None for a launcher that cannot tell."""
-    executor = tracing(engine.core.launcher)
+def traced(
+    engine: Engine, launcher: Launcher, plans: list[BatchPlan], rates: MachineRates
+) -> tuple[IterationTrace | None, tuple[str, ...]]:
+    """Where an iteration's time goes, or a note why that is not known: what was measured before is not lost for it."""
+    executor = tracing(launcher)
     if executor is None:
-        return None
-    return trace_plans(executor, plans, engine.spec, engine.config.model.dtype, rates)
+        return None, ("operations were not traced: this engine's launcher cannot",)
+    try:
+        return trace_plans(executor, plans, engine.spec, engine.config.model.dtype, rates), ()
+    except Exception as error:
+        _log.warning("operations were not traced", exc_info=True)
+        return None, (f"operations were not traced: {type(error).__name__}: {error}",)
+
+
+def speed_text(record: Record) -> str:
+    """The throughput of a run that has just ended."""
+    work = record.work
+    return f"{(work.prompt_tokens + work.output_tokens) / record.elapsed_s:,.0f} tokens/s in {record.elapsed_s:.1f} s"
 
 
 def _telling(number: int, runs: int, on_progress: OnProgress | None) -> OnProgress | None:

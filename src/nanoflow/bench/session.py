@@ -25,6 +25,8 @@ KEPT_PLANS = 24
 PROGRESS_EVERY_S = 0.5
 OnProgress = Callable[[int, int, str], None]
 """Told of finished requests, all requests, and a word on speed."""
+OnNote = Callable[[str], None]
+"""Told a sentence at the end of every run."""
 
 
 @dataclass

@@ -159,6 +159,12 @@ def run_multiround(args: argparse.Namespace) -> BenchResult:
         )
 
 
+def note(sentence: str) -> None:
+    """Say that a run has ended: long benchmarks should not be silent where no bar is shown."""
+    if not sys.stderr.isatty():
+        print(sentence, file=sys.stderr, flush=True)
+
+
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's options; with a URL there must be none that this process could not apply."""
     given = options.engine_options(args)
