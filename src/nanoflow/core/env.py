@@ -39,6 +39,11 @@ def cxx() -> str | None:
     return os.environ.get("CXX") or None
 
 
+def products() -> str:
+    """How the Triton backend chooses matrix products, from `$NANOFLOW_PRODUCTS`: auto, library or persistent."""
+    return os.environ.get("NANOFLOW_PRODUCTS") or "auto"
+
+
 def available_cores() -> int:
     """Cores this process may run on (its affinity mask, not the machine's count)."""
     if hasattr(os, "sched_getaffinity"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,9 +24,9 @@ pytestmark = [
 BF16, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.fixture(scope="module")
-def kernels() -> TritonKernels:
-    return TritonKernels()
+@pytest.fixture(scope="module", params=["library", "persistent"])
+def kernels(request: pytest.FixtureRequest) -> TritonKernels:
+    return TritonKernels(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -207,3 +210,14 @@ def test_a_lane_tells_its_multiprocessors(kernels: TritonKernels) -> None:
             torch.cuda.synchronize()
     finally:
         part.close()
+
+
+def test_products_race_once_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path))
+    kernels = TritonKernels("auto")
+    ops_cases.check_linear(kernels, "cuda", BF16, (512, 4096, 4096))
+    ops_cases.check_linear(kernels, "cuda", BF16, (512, 4096, 4096), accumulate=True)
+    ops_cases.check_linear(kernels, "cuda", BF16, (512, 4096, 4096), out_dtype=FULL)
+    ops_cases.check_linear_silu_mul(kernels, "cuda", BF16, (512, 4096, 4096))
+    (path,) = (tmp_path / "products").iterdir()
+    assert len(json.loads(path.read_text())["choices"]) == 4

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nanoflow.core import env
 from nanoflow.kernels.base import AttentionPlan, AttentionWork, ExpertWeights, LinearWeight
 from nanoflow.kernels.triton import activation, experts, gemm, launch, layout, linear, norm, work_lists
 from nanoflow.kernels.triton.decode_attention import decode_attention
 from nanoflow.kernels.triton.embed import embed
 from nanoflow.kernels.triton.prefill_attention import prefill_attention
+from nanoflow.kernels.triton.products import ProductTable
 from nanoflow.kernels.triton.rope import rope_append
 from nanoflow.kernels.triton.sample import sample
 
@@ -35,7 +37,13 @@ class TritonKernels:
     name = "triton"
     capturable = True
 
-    def __init__(self) -> None:
+    def __init__(self, products: str | None = None) -> None:
+        """`products`: how a linear layer's product is chosen (`products.MODES`); the environment decides if left out.
+
+        Raises `ConfigError` if it is unknown.
+        """
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+        self._table = ProductTable(name, products or env.products())
         # Sums in float32, rounded once, is what `linear` promises.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -72,7 +80,7 @@ class TritonKernels:
     ) -> None:
         """See `kernels.base.Kernels.linear`."""
         if x_tk.shape[0]:
-            linear.library_linear(x_tk, weight.data, out_tn, bias_n, accumulate)
+            linear.linear(self._table, x_tk, weight.data, out_tn, bias_n, accumulate)
 
     def linear_silu_mul(
         self,
@@ -85,7 +93,7 @@ class TritonKernels:
     ) -> None:
         """See `kernels.base.Kernels.linear_silu_mul`."""
         if x_tk.shape[0]:
-            linear.linear_silu_mul(x_tk, weight.data, gate_up_tn, out_tf, bias_n)
+            linear.linear_silu_mul(self._table, x_tk, weight.data, gate_up_tn, out_tf, bias_n)
 
     def embed(self, token_ids_t: Tensor, table: LinearWeight, out_td: Tensor) -> None:
         """See `kernels.base.Kernels.embed`."""

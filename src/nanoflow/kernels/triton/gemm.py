@@ -70,7 +70,6 @@ def _gemm(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     GROUP: tl.constexpr,
-    N_BLOCKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     SILU_MUL: tl.constexpr,
@@ -85,7 +84,7 @@ def _gemm(
     n_n = tl.cdiv(N, TILE_N)
     n_k = tl.cdiv(K, TILE_K)
     HALF: tl.constexpr = TILE_N // 2
-    for tile in tl.range(tl.program_id(0), n_m * n_n, N_BLOCKS, flatten=FLATTEN, warp_specialize=SPECIALISED):
+    for tile in tl.range(tl.program_id(0), n_m * n_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALISED):
         tile_m, tile_n = tile_of(tile, n_m, n_n, GROUP)
         m0 = tile_m * TILE_M
         n0 = tile_n * TILE_N
@@ -170,7 +169,6 @@ def gemm(
         TILE_N=shape.n,
         TILE_K=shape.k,
         GROUP=shape.group,
-        N_BLOCKS=n_blocks,
         HAS_BIAS=bias_n is not None,
         ACCUMULATE=accumulate,
         SILU_MUL=silu_mul,

@@ -1,18 +1,18 @@
-"""Linear layers: the library's product (cuBLAS through torch) or our persistent one, whichever was found faster.
+"""Linear layers: the library's product (cuBLAS through torch) or our persistent one, whichever `products` chose.
 
 The library is called in forms that write into the caller's buffer without a copy or an allocation of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
-from nanoflow.kernels.triton import activation
+from nanoflow.kernels.triton import activation, launch
 from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved, is_describable
-
-_FUSED_FROM_TOKENS = 256
-"""Fewer tokens are bound by reading the weight, which the library splits better; the product written is small then."""
+from nanoflow.kernels.triton.products import LIBRARY, SHAPES, ProductKey, ProductTable, for_float32
 
 
 def library_linear(x_tk: Tensor, weight_nk: Tensor, out_tn: Tensor, bias_n: Tensor | None, accumulate: bool) -> None:
@@ -37,19 +37,63 @@ def library_linear(x_tk: Tensor, weight_nk: Tensor, out_tn: Tensor, bias_n: Tens
         out_tn.copy_(wide + bias_n + out_tn)
 
 
-def choose(width: int, depth: int, n_tokens: int, n_sms: int, *, silu_mul: bool) -> GemmShape | None:
-    """The launch of our product, or None for the library's."""
-    if silu_mul and n_tokens >= _FUSED_FROM_TOKENS:
-        return GemmShape()
-    return None
+def linear(
+    table: ProductTable, x_tk: Tensor, weight_nk: Tensor, out_tn: Tensor, bias_n: Tensor | None, accumulate: bool
+) -> None:
+    """See `kernels.base.Kernels.linear`."""
+
+    def ours(shape: GemmShape, out: Tensor) -> None:
+        if out.dtype == torch.float32:
+            shape = for_float32(shape)
+        gemm(x_tk, weight_nk, out, bias_n=bias_n, accumulate=accumulate, shape=shape)
+
+    def contestants() -> Mapping[str, Callable[[], None]]:
+        scratch = torch.zeros_like(out_tn)
+        race = {name: (lambda shape=shape: ours(shape, scratch)) for name, shape in SHAPES.items()}
+        return {LIBRARY: lambda: library_linear(x_tk, weight_nk, scratch, bias_n, accumulate)} | race
+
+    shape = _chosen(table, "accumulate" if accumulate else "plain", x_tk, weight_nk, out_tn, contestants)
+    if shape is None:
+        library_linear(x_tk, weight_nk, out_tn, bias_n, accumulate)
+    else:
+        ours(shape, out_tn)
 
 
-def linear_silu_mul(x_tk: Tensor, weight_nk: Tensor, gate_up_tn: Tensor, out_tf: Tensor, bias_n: Tensor | None) -> None:
+def linear_silu_mul(
+    table: ProductTable, x_tk: Tensor, weight_nk: Tensor, gate_up_tn: Tensor, out_tf: Tensor, bias_n: Tensor | None
+) -> None:
     """See `kernels.base.Kernels.linear_silu_mul`; the rows of `weight_nk` are interleaved, `bias_n` is not."""
-    shape = choose(weight_nk.shape[0], weight_nk.shape[1], x_tk.shape[0], 0, silu_mul=True)
-    if shape is not None and x_tk.element_size() == 2 and all(map(is_describable, (x_tk, weight_nk, out_tf))):
-        gemm(x_tk, weight_nk, out_tf, bias_n=bias_n, silu_mul=True, shape=shape)
-        return
-    bias = None if bias_n is None else interleaved(bias_n[:, None])[:, 0]
-    library_linear(x_tk, weight_nk, gate_up_tn, bias, accumulate=False)
-    activation.silu_mul(gate_up_tn, out_tf, interleaved=True)
+
+    def in_memory(out: Tensor) -> None:
+        bias = None if bias_n is None else interleaved(bias_n[:, None])[:, 0]
+        library_linear(x_tk, weight_nk, gate_up_tn, bias, accumulate=False)
+        activation.silu_mul(gate_up_tn, out, interleaved=True)
+
+    def ours(shape: GemmShape, out: Tensor) -> None:
+        gemm(x_tk, weight_nk, out, bias_n=bias_n, silu_mul=True, shape=shape)
+
+    def contestants() -> Mapping[str, Callable[[], None]]:
+        scratch = torch.empty_like(out_tf)
+        race = {name: (lambda shape=shape: ours(shape, scratch)) for name, shape in SHAPES.items()}
+        return {LIBRARY: lambda: in_memory(scratch)} | race
+
+    shape = _chosen(table, "silu_mul", x_tk, weight_nk, out_tf, contestants)
+    if shape is None:
+        in_memory(out_tf)
+    else:
+        ours(shape, out_tf)
+
+
+def _chosen(
+    table: ProductTable,
+    kind: str,
+    x_tk: Tensor,
+    weight_nk: Tensor,
+    out: Tensor,
+    contestants: Callable[[], Mapping[str, Callable[[], None]]],
+) -> GemmShape | None:
+    """The table's choice; the library where our product does not apply."""
+    if not x_tk.is_cuda or x_tk.element_size() != 2 or not all(map(is_describable, (x_tk, weight_nk, out))):
+        return None
+    (n, k), n_sms = weight_nk.shape, launch.lane_sms(x_tk.device)
+    return table.choose(ProductKey(kind, n, k, x_tk.shape[0], n_sms, x_tk.dtype, out.dtype), contestants)
