@@ -43,14 +43,14 @@ def make_input(path: Path, n: int, seed: int) -> None:
 
 
 def choices(output: Path) -> dict[str, Any]:
-    """custom_id → choices and usage, which do not depend on the run. Raises `ValueError` if an id occurs twice."""
+    """custom_id → choices and token counts, which follow from the model. Raises `ValueError` if an id occurs twice."""
     found: dict[str, Any] = {}
     for raw in output.read_bytes().splitlines():
         line = json.loads(raw)
         if line["custom_id"] in found:
             raise ValueError(f"{line['custom_id']} occurs twice")
         body = line["response"]["body"]
-        found[line["custom_id"]] = (body["choices"], body["usage"])
+        found[line["custom_id"]] = (body["choices"], body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"])
     return found
 
 

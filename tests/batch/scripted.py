@@ -17,7 +17,7 @@ from typing import Any
 from nanoflow.batch.job import BatchJob, JobPaths
 from nanoflow.batch.lines import BatchRequest
 from nanoflow.batch.order import prefix_key
-from nanoflow.batch.responder import Prepared, Response
+from nanoflow.batch.responder import Prepared, Response, TokenCounts
 from nanoflow.batch.runner import BatchRunner, RunLimits
 
 IDENTITY = {"model": "scripted"}
@@ -56,8 +56,9 @@ class ScriptedResponder:
             raise MemoryError("the responder broke")
         if prompt == "FAILED":
             return Response(500, b'{"error":{"message":"broken"}}', "q")
-        body = {"text": prompt[::-1], "usage": {"prompt_tokens": len(prompt), "completion_tokens": 2}}
-        return Response(200, json.dumps(body).encode(), "q", len(prompt), 2)
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
+        body = json.dumps({"text": prompt[::-1], "usage": usage}).encode()
+        return Response(200, body, "q", TokenCounts(len(prompt), 2, 1))
 
     def crowded(self) -> bool:
         return self.is_crowded

@@ -207,6 +207,7 @@ def test_status_counts_what_the_tail_holds(paths: JobPaths) -> None:
         "answered": 1,
         "failed": 0,
         "prompt_tokens": 0,
+        "cached_tokens": 0,
         "output_tokens": 0,
         "seconds": status.seconds,
         "tokens_per_s": 0.0,

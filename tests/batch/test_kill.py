@@ -14,7 +14,8 @@ import pytest
 
 import nanoflow
 from nanoflow.batch.job import BatchJob, JobPaths
-from nanoflow.batch.responder import Response
+from nanoflow.batch.responder import Response, TokenCounts
+from nanoflow.batch.status import read_status
 from nanoflow.core.errors import ConfigError
 from tests.batch.scripted import IDENTITY, ScriptedResponder, answers, read_lines, request, run_job, write_input
 
@@ -52,6 +53,9 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     assert answers(paths.output) == expected(N)
     failed = read_lines(paths.errors)
     assert sorted(line["line"] for line in failed) == [i + 1 for i in range(N) if i % 10 == 3]
+    texts = expected(N).values()
+    n_prompt = sum(map(len, texts))
+    assert read_status(paths.output).counts.tokens == TokenCounts(n_prompt, 2 * len(texts), len(texts))
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def half(tmp_path: Path) -> JobPaths:
     for line in range(1, 11):
         text = f"prompt {line - 1}"[::-1].encode()
         status = 500 if line == 4 else 200
-        job.keep(line, f"id-{line - 1}", Response(status, b'{"text":"%s"}' % text, "q", 3, 2))
+        job.keep(line, f"id-{line - 1}", Response(status, b'{"text":"%s"}' % text, "q", TokenCounts(3, 2, 1)))
         if line == 6:
             job.save(job.checkpoint())
     job.close()

@@ -19,7 +19,7 @@ from typing import Any
 
 from nanoflow.batch.journal import Journal, write_all
 from nanoflow.batch.outcomes import answer_line, cut, failure_line, outcomes_after
-from nanoflow.batch.responder import Response
+from nanoflow.batch.responder import NO_TOKENS, Response, TokenCounts
 from nanoflow.batch.survey import Survey, fingerprint, survey
 from nanoflow.core.errors import ConfigError, NanoflowError
 
@@ -57,21 +57,24 @@ class Counts:
 
     answered: int = 0
     failed: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
+    tokens: TokenCounts = NO_TOKENS
 
     @property
     def done(self) -> int:
         return self.answered + self.failed
 
-    def plus(self, *, failed: bool, prompt_tokens: int, output_tokens: int) -> Counts:
+    def plus(self, failed: bool, tokens: TokenCounts) -> Counts:
         """With one request more."""
-        return Counts(
-            self.answered + (not failed),
-            self.failed + failed,
-            self.prompt_tokens + prompt_tokens,
-            self.output_tokens + output_tokens,
-        )
+        return Counts(self.answered + (not failed), self.failed + failed, self.tokens + tokens)
+
+    def to_list(self) -> list[int]:
+        """For the journal; `of_list` reads it."""
+        return [self.answered, self.failed, self.tokens.prompt, self.tokens.output, self.tokens.cached]
+
+    @classmethod
+    def of_list(cls, values: list[int]) -> Counts:
+        """What `to_list` made."""
+        return cls(values[0], values[1], TokenCounts(*values[2:]))
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,11 @@ class BatchJob:
     def keep(self, line: int, custom_id: str, response: Response) -> None:
         """Write an answer; from here on no kill loses it. Raises `OutputError`."""
         data = answer_line(self.id, line, custom_id, response)
-        self._write(line, data, response.status != 200, response.prompt_tokens, response.output_tokens)
+        self._write(line, data, response.status != 200, response.tokens)
 
     def refuse(self, line: int, custom_id: str | None, code: str, message: str) -> None:
         """Write an input line that is no request into the error file. Raises `OutputError`."""
-        self._write(line, failure_line(self.id, line, custom_id, code, message), True, 0, 0)
+        self._write(line, failure_line(self.id, line, custom_id, code, message), True, NO_TOKENS)
 
     def checkpoint(self) -> Checkpoint | None:
         """What has to be saved now; None if nothing has. Hand it to `save`."""
@@ -193,7 +196,7 @@ class BatchJob:
         this_run = 0.0 if self._started_s is None else time.monotonic() - self._started_s
         return self._seconds_before + this_run
 
-    def _write(self, line: int, data: bytes, failed: bool, prompt_tokens: int, output_tokens: int) -> None:
+    def _write(self, line: int, data: bytes, failed: bool, tokens: TokenCounts) -> None:
         assert not self.is_done(line), f"line {line} has its outcome already"
         path, fd = (self.paths.errors, self._error_fd) if failed else (self.paths.output, self._output_fd)
         try:
@@ -209,11 +212,11 @@ class BatchJob:
         else:
             self._output_bytes += len(data)
         self._unsaved.append(line)
-        self._note(line, failed, prompt_tokens, output_tokens)
+        self._note(line, failed, tokens)
 
-    def _note(self, line: int, failed: bool, prompt_tokens: int, output_tokens: int) -> None:
+    def _note(self, line: int, failed: bool, tokens: TokenCounts) -> None:
         self._mark(line)
-        self.counts = self.counts.plus(failed=failed, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        self.counts = self.counts.plus(failed, tokens)
 
     def _mark(self, line: int) -> None:
         self._done[line >> 3] |= 1 << (line & 7)
@@ -232,7 +235,7 @@ class BatchJob:
             return
         for line in record["lines"]:
             self._mark(line)
-        self.counts = Counts(*record["counts"])
+        self.counts = Counts.of_list(record["counts"])
         self._output_bytes, self._error_bytes = record["bytes"]
         self._seconds_before = record["seconds"]
 
@@ -246,7 +249,7 @@ class BatchJob:
             for outcome in outcomes_after(path, start, self.id):
                 if not 0 < outcome.line <= self.survey.n_lines or self.is_done(outcome.line):
                     break
-                self._note(outcome.line, failed, outcome.prompt_tokens, outcome.output_tokens)
+                self._note(outcome.line, failed, outcome.tokens)
                 self._unsaved.append(outcome.line)
                 end = outcome.end
             cut(path, end)
@@ -257,12 +260,11 @@ class BatchJob:
 
 
 def _done_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    counts = checkpoint.counts
     return {
         "kind": "done",
         "lines": checkpoint.lines,
         "bytes": [checkpoint.output_bytes, checkpoint.error_bytes],
-        "counts": [counts.answered, counts.failed, counts.prompt_tokens, counts.output_tokens],
+        "counts": checkpoint.counts.to_list(),
         "seconds": round(checkpoint.seconds, 3),
         "at": time.time(),
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow.batch.responder import Response
+from nanoflow.batch.responder import Response, TokenCounts
 from nanoflow.core.errors import ConfigError
 
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
@@ -26,8 +26,7 @@ class Outcome:
     """A whole line of one of the files: which input line it ends, and what it took."""
 
     line: int
-    prompt_tokens: int
-    output_tokens: int
+    tokens: TokenCounts
     end: int  # offset after it
 
 
@@ -90,4 +89,6 @@ def _outcome(raw: bytes, job_id: str, end: int) -> Outcome | None:
     except ValueError:
         return None
     usage = ((record.get("response") or {}).get("body") or {}).get("usage") or {}
-    return Outcome(int(found[2]), usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), end)
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    tokens = TokenCounts(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), cached)
+    return Outcome(int(found[2]), tokens, end)

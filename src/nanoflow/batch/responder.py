@@ -15,14 +15,28 @@ KEY_TOKENS = 2048
 
 
 @dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of one answer or of many. `cached` of the `prompt` came from the KV cache."""
+
+    prompt: int = 0
+    output: int = 0
+    cached: int = 0
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.prompt + other.prompt, self.output + other.output, self.cached + other.cached)
+
+
+NO_TOKENS = TokenCounts()
+
+
+@dataclass(frozen=True)
 class Response:
     """An answer as HTTP would give it: `body` is one JSON object in ASCII. Status 200 is a success."""
 
     status: int
     body: bytes
     request_id: str
-    prompt_tokens: int = 0
-    output_tokens: int = 0
+    tokens: TokenCounts = NO_TOKENS
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ class JobStatus:
 
     @property
     def tokens_per_s(self) -> float:
-        tokens = self.counts.prompt_tokens + self.counts.output_tokens
-        return tokens / self.seconds if self.seconds else 0.0
+        tokens = self.counts.tokens
+        return (tokens.prompt + tokens.output) / self.seconds if self.seconds else 0.0
 
     @property
     def seconds_left(self) -> float | None:
@@ -41,9 +41,10 @@ class JobStatus:
 
     def summary(self) -> str:
         """One line for people."""
-        counts = self.counts
+        counts, tokens = self.counts, self.counts.tokens
         text = f"{self.state}: {counts.done} of {self.requests} requests done, {counts.failed} of them failed; "
-        text += f"{counts.prompt_tokens} tokens in, {counts.output_tokens} out, {self.tokens_per_s:.1f} tokens/s"
+        cached = f" ({tokens.cached} of them from the cache)" if tokens.cached else ""
+        text += f"{tokens.prompt} tokens in{cached}, {tokens.output} out, {self.tokens_per_s:.1f} tokens/s"
         if self.state == "interrupted":
             text += "; the same command goes on with it"
         elif self.state == "running" and self.seconds_left is not None:
@@ -59,8 +60,9 @@ class JobStatus:
             "requests": self.requests,
             "answered": self.counts.answered,
             "failed": self.counts.failed,
-            "prompt_tokens": self.counts.prompt_tokens,
-            "output_tokens": self.counts.output_tokens,
+            "prompt_tokens": self.counts.tokens.prompt,
+            "cached_tokens": self.counts.tokens.cached,
+            "output_tokens": self.counts.tokens.output,
             "seconds": self.seconds,
             "tokens_per_s": self.tokens_per_s,
             "seconds_left": None if self.state == "finished" else self.seconds_left,
@@ -74,7 +76,7 @@ def read_status(output: Path) -> JobStatus:
     if not journal.exists():
         raise ConfigError(f"{output} has no journal ({journal.name}) beside it; name the output file of a batch job.")
     header: dict[str, Any] | None = None
-    last: dict[str, Any] = {"counts": (), "seconds": 0.0}
+    last: dict[str, Any] = {"counts": Counts().to_list(), "seconds": 0.0}
     at, ended = 0.0, False
     for record, _ in read_records(journal):
         if header is None:
@@ -91,7 +93,7 @@ def read_status(output: Path) -> JobStatus:
         "finished" if ended else "running" if running else "interrupted",
         header["job"],
         header["requests"],
-        Counts(*last["counts"]),
+        Counts.of_list(last["counts"]),
         last["seconds"],
         at,
         header["identity"],

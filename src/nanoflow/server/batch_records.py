@@ -62,11 +62,16 @@ def new_record(asked: BatchCreate, model: str) -> Record:
 
 def progress(total: int, counts: Counts) -> Record:
     """`request_counts` and `usage`."""
-    tokens = {"input_tokens": counts.prompt_tokens, "output_tokens": counts.output_tokens}
-    details: Record = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+    tokens = counts.tokens
     return {
         "request_counts": {"total": total, "completed": counts.answered, "failed": counts.failed},
-        "usage": tokens | {"total_tokens": counts.prompt_tokens + counts.output_tokens} | details,
+        "usage": {
+            "input_tokens": tokens.prompt,
+            "input_tokens_details": {"cached_tokens": tokens.cached},
+            "output_tokens": tokens.output,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": tokens.prompt + tokens.output,
+        },
     }
 
 

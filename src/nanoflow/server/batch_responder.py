@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from nanoflow.batch.lines import BatchRequest
 from nanoflow.batch.order import prefix_key
-from nanoflow.batch.responder import Prepared, Response
+from nanoflow.batch.responder import Prepared, Response, TokenCounts
 from nanoflow.core.errors import EngineDeadError, QueueFullError
 from nanoflow.server.config import ServerConfig
 from nanoflow.server.delivery import whole_answer
@@ -52,9 +52,9 @@ class EngineResponder:
             if self._engine_has_stopped(exc):
                 raise EngineDeadError("the engine has stopped; start again, and the batch goes on.") from exc
             return _failed(exc)
-        counts = job.answer.usage(generation.prompt_tokens, generation.output_tokens, generation.cached_tokens)
         request_id = generation.streams[0].request_id
-        return Response(200, body, request_id, counts["prompt_tokens"], counts["completion_tokens"])
+        tokens = TokenCounts(generation.prompt_tokens, generation.output_tokens, generation.cached_tokens)
+        return Response(200, body, request_id, tokens)
 
     def crowded(self) -> bool:
         """Whether somebody asks over HTTP while requests wait for a place in the engine."""
