@@ -214,7 +214,7 @@ def test_a_full_disk_keeps_what_is_there(
 def test_io_errors_make_pages_absent_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tier = open_small(tmp_path, 8, io="threads")
+    tier = open_small(tmp_path, 8)
     keys = keys_of(range(6))
     tier.put_many(keys[:4], pages_of(keys[:4], 4096)).result()
 

@@ -25,7 +25,7 @@ EVERY_KEY = keys_of(range(N_KEYS))
 def work(disk: RecordedDisk, seed: int) -> None:
     """Random puts and evictions; notes the keys held at each quiet moment, and how many an operation may cost."""
     choose = random.Random(seed)
-    tier = open_small(disk.folder, N_PAGES, PAGE_BYTES, io="threads")
+    tier = open_small(disk.folder, N_PAGES, PAGE_BYTES)
     for _ in range(12):
         keys = choose.sample(EVERY_KEY, choose.randint(1, 5))
         disk.note(("operation", len(keys)))
@@ -59,7 +59,7 @@ def crashes(disk: RecordedDisk, tmp_path: Path, n_crashes: int, seed: int) -> It
                 held, may_be_lost = first[1], 0
             elif kind == "note":
                 may_be_lost = first[1]
-        tier = open_small(folder, N_PAGES, PAGE_BYTES, io="threads")
+        tier = open_small(folder, N_PAGES, PAGE_BYTES)
         served = read_all(tier, EVERY_KEY)
         yield tier.stats().corrupt_pages, len(held - served), may_be_lost
         tier.close()
@@ -73,7 +73,7 @@ def test_any_step_may_be_the_last(tmp_path: Path) -> None:
         disk = RecordedDisk(tmp_path / "store", patched)
         work(disk, seed=1)
     assert {kind for kind, *_ in disk.events} >= {"write", "sync", "create", "rename", "note"}
-    for n_corrupt, n_lost, may_be_lost in crashes(disk, tmp_path, 120, seed=2):
+    for n_corrupt, n_lost, may_be_lost in crashes(disk, tmp_path, 80, seed=2):
         assert n_corrupt == 0, "a record was durable before its page"
         assert n_lost <= may_be_lost, "a page that was stored is gone"
 
