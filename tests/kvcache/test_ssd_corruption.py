@@ -25,7 +25,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for numbers in ([0, 1, 2, 3], [4, 5, 6], [0, 7], [8]):
         keys = keys_of(numbers)
         assert tier.put_many(keys, pages_of(keys, PAGE_BYTES)).result().all()
-        tier.evict(keys[-1:])
+        if numbers != [8]:  # what was evicted last might still be on its way to the disk
+            tier.evict(keys[-1:])
     crashed = folder.with_name("crashed")
     shutil.copytree(folder, crashed)
     tier.close()
@@ -46,7 +47,7 @@ def after(store: Path, folder: Path, name: str, data: bytes) -> set[bytes]:
 
 
 def test_the_undamaged_store_serves_something(store: Path, tmp_path: Path) -> None:
-    assert len(after(store, tmp_path / "copy", SLAB_NAME, (store / SLAB_NAME).read_bytes())) == 5
+    assert len(after(store, tmp_path / "copy", SLAB_NAME, (store / SLAB_NAME).read_bytes())) == 6
 
 
 def test_the_index_cut_at_and_around_every_record(store: Path, tmp_path: Path) -> None:
