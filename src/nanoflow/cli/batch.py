@@ -60,9 +60,11 @@ def run_job(args: argparse.Namespace) -> int:
         options.check_positive("in_flight", args.in_flight)
     from nanoflow.batch.job import BatchJob, JobPaths
     from nanoflow.batch.status import read_status
+    from nanoflow.cli.batch_progress import SurveyCounter
 
     paths = JobPaths.beside(args.input, args.output, args.errors)
-    job = BatchJob.open(paths, identity_of(config.model), restart=args.restart)
+    with SurveyCounter(show=sys.stderr.isatty()) as counter:
+        job = BatchJob.open(paths, identity_of(config.model), restart=args.restart, on_survey=counter)
     try:
         report = None if job.ended else _answer_all(job, config, args)
     finally:

@@ -18,6 +18,26 @@ _SECONDS_BETWEEN_FRAMES = 0.25
 _SECONDS_BETWEEN_LINES = 30.0
 
 
+class SurveyCounter:
+    """Counts lines on a terminal while the input is read for the first time."""
+
+    def __init__(self, *, show: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(desc="reading the input", unit="line", unit_scale=True, disable=not show, leave=False)
+
+    def __enter__(self) -> SurveyCounter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def __call__(self, lines: int) -> None:
+        self._bar.update(lines - self._bar.n)
+
+
 class ProgressBar:
     """A bar on a terminal, a line every half minute elsewhere. The rates are those of this run, not of earlier ones."""
 
