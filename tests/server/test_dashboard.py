@@ -160,6 +160,17 @@ def test_a_watcher_does_not_hold_up_the_drain(server: RunningServer) -> None:
         assert time.monotonic() - began < 3
 
 
+def test_a_machine_whose_rates_cannot_be_measured_has_no_bound(server: RunningServer) -> None:
+    def full(elapsed_s: float, work: WorkDone) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    server.engine.report = full
+    with server.http() as http, http.stream("GET", "/dashboard/events") as answer:
+        found = Events(answer).read(1)
+    assert found["hello"][0]["rates"] is None and found["hello"][0]["charts"] == []
+    assert (found["sample"][0]["use"], found["sample"][0]["limit"]) == ({}, None)
+
+
 def test_a_failing_engine_ends_the_stream_and_the_next_watcher_starts_anew(server: RunningServer) -> None:
     stats = server.engine.stats
     with server.http() as http:

@@ -26,10 +26,11 @@ def run(args: argparse.Namespace) -> int:
     server_config = ServerConfig(**options.chosen(args, ServerConfig))
     from nanoflow.engine.async_llm import AsyncLLM
     from nanoflow.server.run import serve
+    from nanoflow.server.watch import report_or_none
 
     engine = AsyncLLM.from_config(config, show_progress=sys.stderr.isatty())
     try:
-        engine.report(1.0, WorkDone())  # measures a new machine now, not under load when the dashboard asks
+        report_or_none(engine, 1.0, WorkDone())  # measures a new machine now, not under load for the dashboard
         serve(engine, server_config)
     finally:
         engine.close()

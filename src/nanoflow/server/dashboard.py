@@ -29,6 +29,7 @@ from nanoflow.server.errors import encode_json
 from nanoflow.server.feed import Feed
 from nanoflow.server.guard import ServerState
 from nanoflow.server.metrics import Metrics
+from nanoflow.server.watch import report_or_none
 
 
 def add_dashboard(app: Starlette, engine: Engine, state: ServerState, metrics: Metrics) -> Feed:
@@ -65,13 +66,15 @@ def _event(name: str, value: Any) -> bytes:
 
 def describe(engine: Engine) -> dict[str, Any]:
     """What does not change while the server runs: model, rates of the machine, the pipeline and its drawings."""
-    rates = engine.report(1.0, WorkDone()).rates
+    report = report_or_none(engine, 1.0, WorkDone())
+    rates = None if report is None else report.rates
+    dtype = engine.config.model.dtype if rates is None else rates.dtype
     pipeline = engine.pipeline
-    found = {
+    found: dict[str, Any] = {
         "version": __version__,
         "model": served_model_name(engine),
         "max_model_len": engine.max_model_len,
-        "rates": rates.to_dict(),
+        "rates": None if rates is None else rates.to_dict(),
         "pipeline": pipeline.name,
         "dense_batch": pipeline.dense_batch,
         "lanes": len(pipeline.lanes),
@@ -80,7 +83,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "times": "Its times are not known; nanoflow tune measures them.",
     }
     try:
-        known = known_timeline(pipeline, engine.spec, rates.dtype, rates)
+        known = known_timeline(pipeline, engine.spec, dtype, rates)
     except PipelineError as error:
         return found | {"times": f"Its times cannot be shown: {error}"}
     if known is not None:

@@ -15,7 +15,7 @@ from nanoflow.core.log import get_logger
 from nanoflow.core.stats import WorkDone
 from nanoflow.server.engine_api import Engine
 from nanoflow.server.metrics import Latencies
-from nanoflow.server.watch import Snapshot, latency_quantiles, sample
+from nanoflow.server.watch import Snapshot, latency_quantiles, report_or_none, sample
 
 log = get_logger(__name__)
 
@@ -68,22 +68,22 @@ class Feed:
     async def _sample_on(self) -> None:
         try:
             # The first report may measure the machine's rates, for a second or two.
-            await asyncio.to_thread(self._engine.report, 1.0, WorkDone())
+            bounded = await asyncio.to_thread(report_or_none, self._engine, 1.0, WorkDone()) is not None
             self._snapshots.append(Snapshot.take(self._engine, self._latencies))
             while True:
                 await asyncio.sleep(INTERVAL_S)
-                self._publish(self._take())
+                self._publish(self._take(bounded))
         except Exception as error:
             log.exception("the dashboard's sampler has stopped")
             assert self._next is not None
             self._next.set_exception(error)
             self._next.exception()  # counts as seen, also if nobody waits just now
 
-    def _take(self) -> dict[str, Any]:
+    def _take(self, bounded: bool) -> dict[str, Any]:
         self._snapshots.append(Snapshot.take(self._engine, self._latencies))
         newest = self._snapshots[-1]
         earlier = self._snapshots[max(0, len(self._snapshots) - 1 - RATE_SAMPLES)]
-        return sample(self._engine, earlier, newest) | {
+        return sample(self._engine, earlier, newest, bounded=bounded) | {
             "window_s": newest.at_s - earlier.at_s,
             "latency_window_s": newest.at_s - self._snapshots[0].at_s,
             "latency": latency_quantiles(self._snapshots[0], newest),

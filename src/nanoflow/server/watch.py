@@ -12,9 +12,13 @@ from typing import Any
 
 from prometheus_client import Histogram
 
-from nanoflow.core.stats import EngineStats, TierFill
+from nanoflow.analysis.report import RunReport
+from nanoflow.core.log import get_logger
+from nanoflow.core.stats import EngineStats, TierFill, WorkDone
 from nanoflow.server.engine_api import Engine
 from nanoflow.server.metrics import Latencies
+
+log = get_logger(__name__)
 
 QUANTILES = (0.5, 0.9, 0.99)
 
@@ -45,27 +49,31 @@ def buckets_of(histogram: Histogram) -> Buckets:
     return tuple((float(s.labels["le"]), s.value) for s in family.samples if s.name.endswith("_bucket"))
 
 
-def sample(engine: Engine, earlier: Snapshot, later: Snapshot) -> dict[str, Any]:
+def report_or_none(engine: Engine, elapsed_s: float, work: WorkDone) -> RunReport | None:
+    """The report, or None where the machine's rates cannot be measured (a GPU whose memory is full)."""
+    try:
+        return engine.report(elapsed_s, work)
+    except RuntimeError as error:
+        log.warning("this machine's rates cannot be measured, so the dashboard shows no bound: %s", error)
+        return None
+
+
+def sample(engine: Engine, earlier: Snapshot, later: Snapshot, *, bounded: bool = True) -> dict[str, Any]:
     """Rates between two snapshots, at least a moment apart, and what holds at the later one, as plain values.
 
     `tokens_per_s` counts prompt and output tokens; `bound_tokens_per_s` is how many of the same mix the bounding
-    resource would have let through. Shares are 0 to 1; what does not apply is None.
+    resource would have let through. Shares are 0 to 1; what does not apply is None, and so is the bound where the
+    machine's rates are unknown (`bounded` False).
     """
     elapsed_s = later.at_s - earlier.at_s
     work = later.stats.work - earlier.stats.work
-    report = engine.report(elapsed_s, work)
-    tokens = work.prompt_tokens + work.output_tokens
-    at_work = bool(tokens) and report.floors.bound_s > 0
     stats = later.stats
     return {
         "clock_s": later.clock_s,
         "healthy": later.healthy,
-        "tokens_per_s": report.tokens_per_s,
-        "output_tokens_per_s": report.output_tokens_per_s,
-        "bound_tokens_per_s": tokens / report.floors.bound_s if at_work else None,
-        "percent_of_bound": report.percent_of_bound if at_work else None,
-        "limit": str(report.floors.limit) if at_work else None,
-        "use": {str(limit): floor_s / elapsed_s for limit, floor_s in report.floors.by_limit.items()},
+        "tokens_per_s": (work.prompt_tokens + work.output_tokens) / elapsed_s,
+        "output_tokens_per_s": work.output_tokens / elapsed_s,
+        **_against_bound(engine.report(elapsed_s, work) if bounded else None),
         "busy": min(1.0, (stats.busy_s - earlier.stats.busy_s) / elapsed_s),
         "iterations_per_s": work.iterations / elapsed_s,
         "power_w": _power_w(earlier, later),
@@ -80,6 +88,20 @@ def sample(engine: Engine, earlier: Snapshot, later: Snapshot) -> dict[str, Any]
         "finished": dict(stats.finished),
         "preemptions": stats.preemptions,
     }
+
+
+def _against_bound(report: RunReport | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"bound_tokens_per_s": None, "percent_of_bound": None, "limit": None, "use": {}}
+    if report is None:
+        return found
+    floors = report.floors
+    found["use"] = {str(limit): floor_s / report.elapsed_s for limit, floor_s in floors.by_limit.items()}
+    tokens = report.work.prompt_tokens + report.work.output_tokens
+    if tokens and floors.bound_s > 0:
+        found["bound_tokens_per_s"] = tokens / floors.bound_s
+        found["percent_of_bound"] = report.percent_of_bound
+        found["limit"] = str(floors.limit)
+    return found
 
 
 def _power_w(earlier: Snapshot, later: Snapshot) -> float | None:

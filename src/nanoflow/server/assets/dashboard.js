@@ -66,7 +66,7 @@ function hello(found) {
   put("model", found.model);
   document.title = found.model + " · nanoflow dashboard";
   const rates = found.rates;
-  put("machine", `${rates.name}, ${rates.dtype}: ${number(rates.flops_per_s / 1e9)} GFLOP/s, ` +
+  put("machine", rates === null ? `the rates of this machine are not known; nanoflow ${found.version}` : `${rates.name}, ${rates.dtype}: ${number(rates.flops_per_s / 1e9)} GFLOP/s, ` +
     `${number(rates.mem_bytes_per_s / 1e9)} GB/s ${rates.measured ? "measured" : "published"}; nanoflow ${found.version}`);
   put("pipeline", `${found.pipeline}, ${found.dense_batch} tokens, ${found.nano_ops} nano-operations, ${found.lanes} ${found.lanes === 1 ? "lane" : "lanes"}`);
   get("charts").innerHTML = found.charts.join("");
@@ -77,11 +77,11 @@ function show(now) {
   status(now.healthy ? "live" : "the engine takes no requests", now.healthy ? "live" : "bad");
   put("rate", number(now.tokens_per_s));
   put("output-rate", number(now.output_tokens_per_s));
-  put("bound-text", now.limit === null ? "no work at the moment" :
+  put("bound-text", now.limit === null ? (now.tokens_per_s ? "the bound is not known" : "no work at the moment") :
     `${number(now.percent_of_bound, 2)} % of the ${now.limit} bound of ${number(now.bound_tokens_per_s)} tokens/s` +
     (now.percent_of_bound > 100 ? ", so this machine's rates were measured too low" : ""));
   meter(get("percent"), now.percent_of_bound / 100);
-  put("limit", now.limit ?? "none: idle");
+  put("limit", now.limit ?? (now.tokens_per_s ? "not known" : "none: idle"));
   meters(get("uses"), Object.entries(now.use).map(([name, share]) =>
     ({ name, kind: name, share, said: number(100 * share, 2) + " % of its rate" })));
   put("busy", `A batch was in flight ${number(100 * now.busy, 3)} % of the last ${number(now.window_s, 2)} s.` +
