@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ def key_of(number: int) -> bytes:
     return number.to_bytes(16, "big")
 
 
-def keys_of(numbers: Sequence[int]) -> list[bytes]:
+def keys_of(numbers: Iterable[int]) -> list[bytes]:
     return [key_of(number) for number in numbers]
 
 

@@ -37,6 +37,12 @@ def slots_per_slab(slot_bytes: int) -> int:
     return max(1, _TARGET_SLAB_BYTES // slot_bytes)
 
 
+def slab_number(path: Path) -> int:
+    """The number in a slab's file name; -1 if it has none."""
+    digits = path.stem.removeprefix("slab-")
+    return int(digits) if digits.isdecimal() else -1
+
+
 class SlabFiles:
     """Slots 0 … n_slots-1 over as many files as they need. `slot_bytes` is a multiple of 4096."""
 
@@ -51,8 +57,8 @@ class SlabFiles:
         """Open what is there and remove what cannot be used; the numbers of usable slabs."""
         n_slabs = -(-self._n_slots // self._per_slab)
         for path in sorted(self._folder.glob(SLAB_GLOB)):
-            number = int(digits) if (digits := path.stem.removeprefix("slab-")).isdecimal() else n_slabs
-            if number < n_slabs and path == self._path(number):
+            number = slab_number(path)
+            if 0 <= number < n_slabs and path == self._path(number):
                 fd = self._open(path, os.O_RDWR)
                 if self._read_header(fd) == self._header(number):
                     self._fds[number] = fd
@@ -200,6 +206,22 @@ def lock_folder(folder: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
     return fd
+
+
+def owner_of(folder: Path) -> int | None:
+    """The process that holds `folder`'s lock, if any."""
+    try:
+        fd = os.open(folder / LOCK_NAME, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        return int(text) if text.isdecimal() else None
+    finally:
+        os.close(fd)
+    return None
 
 
 def remove_store(folder: Path) -> None:
