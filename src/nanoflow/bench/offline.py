@@ -105,7 +105,9 @@ def run_of(engine: Engine, rates: MachineRates, requests: RequestSet, record: Re
     work, elapsed = record.work, record.elapsed_s
     tokens = np.array(record.log.tokens)
     dense = engine.pipeline.dense_batch
-    numbers = throughput_numbers(elapsed, len(requests), work.prompt_tokens, work.output_tokens) | {
+    n_prompt = int(requests.prompt_tokens.sum())
+    numbers = throughput_numbers(elapsed, len(requests), n_prompt, work.output_tokens) | {
+        "prefill_tokens_computed": float(work.prompt_tokens),
         "iterations": float(work.iterations),
         "iteration_mean_ms": 1e3 * elapsed / work.iterations,
         "batch_fill_percent": 100.0 * float(tokens.mean()) / dense,
@@ -114,13 +116,12 @@ def run_of(engine: Engine, rates: MachineRates, requests: RequestSet, record: Re
         "preemptions": float(record.preemptions),
         "recomputed_tokens": float(work.recomputed_tokens),
     }
-    n_tokens = work.prompt_tokens + work.output_tokens
     return Run(
         seed=seed,
         elapsed_s=elapsed,
         numbers=numbers,
         bounds=bounds_of_run(engine, rates, elapsed, work, requests.prompt_tokens, requests.output_tokens),
-        energy=energy_of(record.energy_j, elapsed, n_tokens, work.output_tokens),
+        energy=energy_of(record.energy_j, elapsed, n_prompt + work.output_tokens, work.output_tokens),
         requests=request_columns(record),
         iterations={
             "start_s": rounded(record.log.start_s),
