@@ -23,6 +23,7 @@ HELP = "tell what this machine has and what will be used"
 LOG_LEVEL = "WARNING"
 GIB = 1 << 30
 PROBE_MODEL = "smollm2"
+SEQUENTIAL = "sequential"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +82,13 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def engine_choices(device_option: str, *, refresh: bool) -> dict[str, Any]:
-    """Device, precision and kernels that the engine would take for a bfloat16 model, why, and the measured rates."""
+    """Device, precision and kernels that the engine would take for a bfloat16 model, why, the measured rates, and the
+    tuned pipelines (`machine`: whether it is this one, with these kernels; None if not known).
+    """
+    from nanoflow.engine import tuned
     from nanoflow.engine.resolve import TORCH_DTYPES, open_device, resolve_dtype
     from nanoflow.kernels.registry import available
+    from nanoflow.profiling.fingerprint import machine_fingerprint
     from nanoflow.profiling.machine import measure_rates
 
     config = EngineConfig.from_options(model=PROBE_MODEL, device=device_option)
@@ -99,7 +104,9 @@ def engine_choices(device_option: str, *, refresh: bool) -> dict[str, Any]:
         "kernels": next((name for name, refusal in offers if refusal is None), None),
         "why": reasons,
     }
+    machine = machine_fingerprint(device)
     return {
+        "tuned": [{**one, "machine": one["machine"] and one["machine"] == machine} for one in tuned.summaries()],
         "kernels": [{"name": name, "usable": refusal is None, "refusal": refusal} for name, refusal in offers],
         "use": use,
         "rates": rates.to_dict(),
@@ -145,6 +152,23 @@ def print_findings(found: dict[str, Any]) -> None:
     print(f"will use  {use['device']}, {use['dtype']}, {use['kernels'] or 'no'} kernels")
     for reason in use["why"]:
         print(f"          {reason}")
+    for one in found["tuned"]:
+        print(f"tuned     {_tuned(one)}")
+    if not found["tuned"]:
+        print(f"tuned     nothing yet; nanoflow tune {PROBE_MODEL} makes a pipeline for this machine")
+
+
+def _tuned(one: dict[str, Any]) -> str:
+    """e.g. `smollm2 bfloat16, 1 rank, batches of 512 (2026-11-22): 1.07 × sequential with 2-nano-batches`."""
+    ranks = "" if one["ranks"] is None else f", {one['ranks']} rank{'s' * (one['ranks'] != 1)}"
+    batch = "" if one["dense_batch"] is None else f", batches of {one['dense_batch']}"
+    gain = "its report cannot be read"
+    if one["gain"] is not None:
+        gain = f"{one['gain']:.2f} × sequential with {one['pipeline']}"
+    if one["pipeline"] == SEQUENTIAL:
+        gain = "nothing was faster than sequential"
+    elsewhere = "; for another machine or other kernels, not used here" if one["machine"] is False else ""
+    return f"{one['model']} {one['dtype'] or ''}{ranks}{batch} ({one['date']}): {gain}{elsewhere}"
 
 
 def _offer(offer: dict[str, Any]) -> str:

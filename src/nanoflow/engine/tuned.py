@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +101,35 @@ def list_tuned() -> list[Path]:
     return sorted(path for path in folder().glob("*.json") if path.suffixes[-2:] not in SIDE_FILES)
 
 
+def summaries() -> list[dict[str, Any]]:
+    """What is kept, newest first, as plain values: what each pipeline is for, when it was made and what it gains.
+
+    `gain` is the measured speed over the sequential pipeline; it and `machine` are None where the report beside the
+    pipeline cannot be read.
+    """
+    kept = sorted(((path.stat().st_mtime, path) for path in list_tuned()), reverse=True)
+    return [
+        {"file": str(path), "date": datetime.fromtimestamp(made, UTC).date().isoformat(), **_reported(path)}
+        for made, path in kept
+    ]
+
+
+def _reported(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.with_suffix(".report.json").read_text(encoding="utf-8"))
+        winner = next(one for one in report["candidates"] if one["name"] == report["winner"])
+        facts = {name: report[name] for name in ("model", "dtype", "ranks", "machine")}
+        batch = int(report["workload"]["dense_batch"])
+        return {**facts, "dense_batch": batch, "pipeline": report["winner"], "gain": 1 / winner["ratio_to_sequential"]}
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, ZeroDivisionError):
+        facts = dict.fromkeys(("model", "dtype", "ranks", "machine", "dense_batch", "pipeline", "gain"))
+        readable = READABLE.match(path.name)
+        if readable is None:
+            return {**facts, "model": path.stem}
+        model, dtype, ranks, rows = readable.groups()
+        return {**facts, "model": model, "dtype": dtype, "ranks": int(ranks), "dense_batch": int(rows)}
+
+
+READABLE = re.compile(r"(.+)-([^-]+)-r(\d+)-b(\d+)-[0-9a-f]{12}\.json$")
+"""A kept file's name: model, dtype, ranks, dense batch (`TuningKey.path`)."""
 SIDE_FILES = ([".report", ".json"], [".profile", ".json"])
