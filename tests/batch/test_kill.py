@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,14 @@ def half(tmp_path: Path) -> JobPaths:
 
 
 def test_every_place_where_the_output_may_be_torn(half: JobPaths) -> None:
-    """Cut after the last checkpoint at every byte, or filled with zeros there, as a power failure may leave it."""
+    """Cut after the last checkpoint at every byte of a line and around every line's end, the rest gone or zeros.
+
+    Zeros are what a power failure may leave.
+    """
     output, errors, journal = (path.read_bytes() for path in (half.output, half.errors, half.journal))
-    first = len(b"".join(output.splitlines(keepends=True)[:5]))
-    for size in range(first, len(output) + 1):
+    ends = list(accumulate(map(len, output.splitlines(keepends=True))))
+    around = {end + shift for end in ends[4:] for shift in (-2, -1, 0, 1)}
+    for size in sorted({*range(ends[4], ends[5]), *(place for place in around if ends[4] <= place <= ends[-1])}):
         for torn in (output[:size], output[:size] + bytes(len(output) - size)):
             half.output.write_bytes(torn)
             half.errors.write_bytes(errors)

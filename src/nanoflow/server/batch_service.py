@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from nanoflow.batch.job import BatchJob, Counts, JobPaths, OutputError
+from nanoflow.batch.job import BatchJob, Counts, JobPaths
 from nanoflow.batch.runner import BatchRunner, RunLimits
 from nanoflow.batch.status import read_status
 from nanoflow.core import env
@@ -95,7 +96,7 @@ class BatchService:
     def wake(self) -> None:
         """There may be something to do."""
         self._wake.set()
-        if self._worker is None and not self._stopping:
+        if (self._worker is None or self._worker.done()) and not self._stopping:
             self._worker = asyncio.create_task(self._work())
 
     def shown(self, record: Record) -> Record:
@@ -139,7 +140,7 @@ class BatchService:
             except EngineDeadError as error:
                 log.error("batch %s stopped: %s", batch_id, error)
                 return
-            except OutputError as error:
+            except (OSError, sqlite3.Error) as error:  # a full disk, most likely: what is answered is kept
                 log.error("batch %s pauses for %g s: %s", batch_id, _RETRY_S, error)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), _RETRY_S)

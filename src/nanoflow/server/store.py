@@ -63,7 +63,7 @@ class Page:
 
 
 class Store:
-    """One server's files and batches; used from one thread. Batch records are the objects that the API shows."""
+    """One server's files and batches; used by one thread at a time. Batch records are what the API shows."""
 
     def __init__(self, folder: Path) -> None:
         """Open or create. Raises `ConfigError` if another server has the folder, or it cannot be written."""
@@ -87,7 +87,7 @@ class Store:
 
     def _open_index(self) -> None:
         try:
-            self._index = sqlite3.connect(self.folder / "index.sqlite3", isolation_level=None)
+            self._index = sqlite3.connect(self.folder / "index.sqlite3", isolation_level=None, check_same_thread=False)
             layout = self._index.execute("PRAGMA user_version").fetchone()[0]
             if layout not in (0, _LAYOUT):
                 raise ConfigError(f"{self.folder} was written by another version; choose another --data-dir.")
