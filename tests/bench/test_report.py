@@ -14,6 +14,7 @@ import pytest
 from tests.bench import report_results as made
 
 from nanoflow.bench.report.ablation import ablation
+from nanoflow.bench.report.bars import Bar, Group, draw_bars
 from nanoflow.bench.report.figure import Figure, Missing
 from nanoflow.bench.report.latency import latency
 from nanoflow.bench.report.lines import mean_of, steps
@@ -141,6 +142,17 @@ def test_throughput_groups_engines_by_workload_beside_the_optimum() -> None:
     assert len(table.rows) == 3 and "50 %" in table.rows[0][4] and table.rows[1][3:] == ("–", "–")
 
 
+def test_long_names_of_bars_give_way_to_their_values() -> None:
+    bars = [
+        Bar("a name that is far too long for any phone in the world", 1.0, "1, 1.00× the plain engine", deviation=0.9)
+    ]
+    for width in (860, 358):
+        chart = ElementTree.fromstring(draw_bars([Group("g", bars)], width, "", title="t", unit="u"))
+        texts = {str(text.text): float(text.get("x", "")) for text in chart.iter("text")}
+        assert texts["1, 1.00× the plain engine"] + 6.6 * 26 < width
+        assert any(text.endswith("…") for text in texts) == (width < 400)
+
+
 def test_latency_is_cut_above_the_limit_and_says_so() -> None:
     section = latency([made.online()])
     chart = charts_of(section)[0]
@@ -208,7 +220,11 @@ def test_given_use_of_resources_is_drawn_as_it_is() -> None:
     section = resource_use([result])
     assert isinstance(section, Figure)
     assert section.tables[0].rows == (("sequential", "50 %", "25 %", "–"),)
-    assert any("another" in note.lower() for note in section.notes)
+    assert any("another" in note.lower() for note in section.notes) and len(section.notes) == 1
+    section = resource_use(
+        [replace(result, series=(replace(result.series[0], resources=ResourceUse(1.0, (106.0,), ())),))]
+    )
+    assert isinstance(section, Figure) and "caches" in section.notes[-1]
 
 
 def test_roofline_puts_operations_and_runs_below_their_roofs() -> None:

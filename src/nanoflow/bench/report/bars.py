@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanoflow.analysis.svg.axis import Axis, axis_to, number
-from nanoflow.analysis.svg.canvas import Canvas, text_width
+from nanoflow.analysis.svg.canvas import Canvas, shortened, text_width
 
 TITLE_PX = 22.0
 LABEL_PX = 17.0
 BAR_PX = 16.0
 GAP_PX = 7.0
+SPACE_PX = 8.0
 GROUP_GAP_PX = 12.0
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A value with its sample deviation (0: unknown), what it is called, and what stands beside it."""
+    """A value with its sample deviation (0: unknown), what it is called, and how its value is told."""
 
     label: str
     value: float
@@ -76,7 +77,7 @@ def _draw_group(canvas: Canvas, axis: Axis, group: Group, y: float) -> float:
         y += TITLE_PX
     top = y
     for bar in group.bars:
-        canvas.text(0, y + 13, bar.label, "key")
+        _draw_label(canvas, bar, y + 13)
         y += LABEL_PX
         end = axis.at(bar.value)
         canvas.rect(axis.start, y, end - axis.start, BAR_PX, bar.classes, f"{bar.label}: {bar.text}")
@@ -85,10 +86,15 @@ def _draw_group(canvas: Canvas, axis: Axis, group: Group, y: float) -> float:
         x = axis.at(mark.value)
         canvas.line((x, top), (x, y - GAP_PX + 2), mark.classes, mark.tip)
     for index, bar in enumerate(group.bars):  # on top of the marks
-        middle = top + (index + 1) * LABEL_PX + index * (BAR_PX + GAP_PX) + BAR_PX / 2
-        _draw_deviation(canvas, axis, bar, middle)
-        _draw_text(canvas, axis, bar, middle)
+        _draw_deviation(canvas, axis, bar, top + (index + 1) * LABEL_PX + index * (BAR_PX + GAP_PX) + BAR_PX / 2)
     return y + GROUP_GAP_PX
+
+
+def _draw_label(canvas: Canvas, bar: Bar, y: float) -> None:
+    """What it is called and its value, above the bar; if both do not fit, the name is cut."""
+    label = shortened(bar.label, canvas.width - 1.1 * text_width(bar.text) - SPACE_PX)
+    canvas.text(0, y, label, "key")
+    canvas.text(text_width(label) + SPACE_PX, y, bar.text, "strong")
 
 
 def _draw_deviation(canvas: Canvas, axis: Axis, bar: Bar, y: float) -> None:
@@ -97,15 +103,6 @@ def _draw_deviation(canvas: Canvas, axis: Axis, bar: Bar, y: float) -> None:
         canvas.line((low, y), (high, y), "error")
         for x in (low, high):
             canvas.line((x, y - 4), (x, y + 4), "error")
-
-
-def _draw_text(canvas: Canvas, axis: Axis, bar: Bar, y: float) -> None:
-    """Behind the bar's end, or inside the bar where there is no room behind it."""
-    end = axis.at(bar.value + bar.deviation) + 6
-    if end + text_width(bar.text) <= canvas.width:
-        canvas.text(end, y + 4, bar.text)
-    else:
-        canvas.text(axis.at(bar.value - bar.deviation) - 6, y + 4, bar.text, "on", "end")
 
 
 def _describe(groups: Sequence[Group], unit: str) -> str:

@@ -103,8 +103,13 @@ def _tile(result: BenchResult) -> tuple[str, str, str, str] | None:
     if result.kind is BenchKind.ONLINE and "highest_sustained_rate_rps" in result.numbers:
         rate = number(result.numbers["highest_sustained_rate_rps"])
         return f"online, {workload_label(result)}", rate, "requests/s", "highest sustained rate"
-    found = measured(result)
-    if not found or result.kind is BenchKind.ONLINE:
+    if result.kind is BenchKind.MULTIROUND and "saved_prefill_percent" in result.numbers:
+        saved = percent(result.numbers["saved_prefill_percent"])
+        return f"multiround, {workload_label(result)}", saved, "saved", "of the prompt tokens, by reuse"
+    found = [] if result.kind is BenchKind.ONLINE else measured(result)
+    if result.kind is BenchKind.ABLATION:
+        found = [series for series in found if series.pipeline is not None]
+    if not found:
         return None
     best = max(found, key=lambda series: series.numbers["tokens_per_s"])
     value, unit = number(best.numbers["tokens_per_s"]), "tokens/s"

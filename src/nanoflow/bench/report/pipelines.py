@@ -17,6 +17,7 @@ from nanoflow.pipeline.known_times import part_of
 
 GANTT, GANTT_TITLE = "pipeline", "The pipeline"
 USE, USE_TITLE = "resources", "Resource use over time"
+TOO_MUCH = 105.0
 COMMAND = "`nanoflow bench ablation MODEL -o FILE`"
 RESOURCES = (("compute", "compute_percent"), ("memory", "memory_percent"), ("network", "network_percent"))
 
@@ -55,8 +56,13 @@ def resource_use(results: Sequence[BenchResult]) -> Section:
         "How much of each resource’s rate the running operations use: their floating-point operations and bytes by the "
         "cost model over the time that they took. A sequential pipeline leaves one resource idle while it uses another."
     )
-    notes = () if len(found) > 1 else (f"Another pipeline beside this one needs a result of {COMMAND}.",)
-    return Figure(USE, USE_TITLE, lead, charts, (table,), notes)
+    notes = [] if len(found) > 1 else [f"Another pipeline beside this one needs a result of {COMMAND}."]
+    if max(y for _, curves in found for points in curves.values() for _, y in points) > TOO_MUCH:
+        notes.append(
+            "Above 100 %: data came from caches, which the cost model counts as memory, or the rates were measured "
+            "too low."
+        )
+    return Figure(USE, USE_TITLE, lead, charts, (table,), tuple(notes))
 
 
 def curves_of(subject: Subject) -> Curves | None:

@@ -40,7 +40,7 @@ class Subject:
     @property
     def title(self) -> str:
         series, pipeline = self.series.name, self.pipeline.name
-        return series if series == pipeline else f"{series} ({pipeline})"
+        return series if pipeline in series else f"{series} ({pipeline})"
 
 
 def subjects(results: Sequence[BenchResult]) -> list[Subject]:

@@ -41,7 +41,10 @@ def throughput(results: Sequence[BenchResult]) -> Section:
         "Input and output tokens a second. Dashed: the optimum, the workload’s steady state at full batches and "
         "at this machine’s rates. Dotted: the bound of the batches that there were. Whiskers: deviation over the runs."
     )
-    charts = both(lambda w, c: draw_bars(groups, w, c, title=TITLE, unit="tokens/s", legend=LEGEND))
+    used = {bar.classes for group in groups for bar in group.bars}
+    used |= {mark.classes for group in groups for mark in group.marks}
+    legend = [entry for entry in LEGEND if entry[0] in used]
+    charts = both(lambda w, c: draw_bars(groups, w, c, title=TITLE, unit="tokens/s", legend=legend))
     return Figure(KEY, TITLE, lead, charts, (table,))
 
 
