@@ -16,9 +16,14 @@ from nanoflow.core.presets import PRESETS
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.pipeline.timeline import from_durations, predict
+from nanoflow.search.instance import Layout, build
 from nanoflow.search.milp import Progress
 from nanoflow.search.problem import Problem, RowMix
+from nanoflow.search.relaxation import relax
+from nanoflow.search.rotation import offsets, turns_of, whole_layer
+from nanoflow.search.schedule import sequential_schedule
 from nanoflow.search.search import SearchLimits, best_gain, search, sequential_candidate
+from nanoflow.search.stage2 import solve_stage2
 from tests.search.tiny import CHAIN, table
 
 pytest.importorskip("highspy", reason="the search needs HiGHS")
@@ -50,9 +55,28 @@ def test_the_papers_tables_in_short_form() -> None:
     assert best.stage1_us < best.bound_us <= best.proven_us * (1 + 1e-6) <= best.period_us * (1 + 2e-6)
     best.pipeline.validate(problem.graph)
     network = search(
-        replace(problem, overlapping=(Resource.COMPUTE, Resource.NETWORK)), SearchLimits(solve_nodes=1000, best=1)
+        replace(problem, overlapping=(Resource.COMPUTE, Resource.NETWORK)), SearchLimits(solve_nodes=100, best=1)
     )
     assert best_gain(network) < best_gain(found)
+
+
+def test_nano_batches_in_turns_come_close_to_the_bound_with_table_3_in_its_later_version() -> None:
+    shares = tuple(percent / 100 for percent in range(10, 101, 5))
+    later = ProfileTable.load(PAPER / "profile-later.json")
+    problem = replace(paper_problem(), table=later, shares=shares)
+    layer = build(problem.graph, Layout(2048, dict.fromkeys(problem.graph.ops, (1024,))))
+    turns = turns_of(problem, Layout(2048, dict.fromkeys(problem.graph.ops, (1024,))), layer)
+    assert turns is not None
+    offset = next(o for o in offsets(problem, turns) if sum(o) == 6)  # from O's column form on
+    turn = turns.turn.lagging(offset)
+    start = sequential_schedule(problem, turn.with_forms([1]))
+    found = solve_stage2(start, turn, cutoff_us=2450.0 / 2)
+    assert found is not None and found.optimal
+    schedule = whole_layer(problem, turns, found.schedule, offset)
+    assert schedule.breach() is None
+    assert schedule.period_us == pytest.approx(2 * found.schedule.period_us)
+    assert 1.12 <= sequential_candidate(problem).period_us / schedule.period_us <= 1.35
+    assert schedule.period_us <= 1.08 * relax(problem, layer).bound_us
 
 
 def test_the_papers_profile_files_are_what_the_script_makes(monkeypatch: pytest.MonkeyPatch) -> None:
