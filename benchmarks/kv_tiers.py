@@ -78,9 +78,7 @@ class SsdRounds:
 
     def read(self) -> int:
         order = random.sample(range(self.n_batches), self.n_batches)
-        return under_way(
-            self.tier.get_many(self.keys[batch], self._rows(i)) for i, batch in enumerate(order)
-        )
+        return under_way(self.tier.get_many(self.keys[batch], self._rows(i)) for i, batch in enumerate(order))
 
 
 def fio_rate(folder: Path, mode: str, page_bytes: int, n_bytes: int, engine: str) -> float:
@@ -146,9 +144,7 @@ def measure_dram(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         keys = [f"{number:8}{i:8}".encode() for i in range(n_pages)]
         for name, run in (("put", tier.put_many), ("get", tier.get_many)):
 
-            def ours(
-                run: Callable[[Sequence[bytes], UInt8Array], Transfer] = run, keys: list[bytes] = keys
-            ) -> int:
+            def ours(run: Callable[[Sequence[bytes], UInt8Array], Transfer] = run, keys: list[bytes] = keys) -> int:
                 starts = range(0, n_pages, BATCH_PAGES)
                 return under_way(
                     run(keys[start : start + BATCH_PAGES], host[start : start + BATCH_PAGES]) for start in starts
