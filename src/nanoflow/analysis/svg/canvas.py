@@ -79,6 +79,14 @@ class Canvas:
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{classes}">{escape(text)}</text>'
         )
 
+    def name_and_value(self, x: float, y: float, name: str, value: str) -> None:
+        """A name and, in bold behind it, its value; if both do not fit, the name is cut. `y` is the baseline."""
+        name = shortened(name, self.width - x - 1.1 * text_width(value) - 8)
+        self._marks.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" class="key">{escape(name)}'
+            f'<tspan class="strong" dx="8">{escape(value)}</tspan></text>'
+        )
+
     def absorb(self, other: Canvas) -> None:
         """Draw the marks of `other` above those drawn so far."""
         self._marks += other._marks

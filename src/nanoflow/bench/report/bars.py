@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanoflow.analysis.svg.axis import Axis, axis_to, number
-from nanoflow.analysis.svg.canvas import Canvas, shortened, text_width
+from nanoflow.analysis.svg.canvas import Canvas
 
 TITLE_PX = 22.0
 LABEL_PX = 17.0
 BAR_PX = 16.0
 GAP_PX = 7.0
-SPACE_PX = 8.0
 GROUP_GAP_PX = 12.0
 
 
@@ -77,7 +76,6 @@ def _draw_group(canvas: Canvas, axis: Axis, group: Group, y: float) -> float:
         y += TITLE_PX
     top = y
     for bar in group.bars:
-        _draw_label(canvas, bar, y + 13)
         y += LABEL_PX
         end = axis.at(bar.value)
         canvas.rect(axis.start, y, end - axis.start, BAR_PX, bar.classes, f"{bar.label}: {bar.text}")
@@ -86,15 +84,10 @@ def _draw_group(canvas: Canvas, axis: Axis, group: Group, y: float) -> float:
         x = axis.at(mark.value)
         canvas.line((x, top), (x, y - GAP_PX + 2), mark.classes, mark.tip)
     for index, bar in enumerate(group.bars):  # on top of the marks
-        _draw_deviation(canvas, axis, bar, top + (index + 1) * LABEL_PX + index * (BAR_PX + GAP_PX) + BAR_PX / 2)
+        row = top + index * (LABEL_PX + BAR_PX + GAP_PX)
+        canvas.name_and_value(0, row + 13, bar.label, bar.text)
+        _draw_deviation(canvas, axis, bar, row + LABEL_PX + BAR_PX / 2)
     return y + GROUP_GAP_PX
-
-
-def _draw_label(canvas: Canvas, bar: Bar, y: float) -> None:
-    """What it is called and its value, above the bar; if both do not fit, the name is cut."""
-    label = shortened(bar.label, canvas.width - 1.1 * text_width(bar.text) - SPACE_PX)
-    canvas.text(0, y, label, "key")
-    canvas.text(text_width(label) + SPACE_PX, y, bar.text, "strong")
 
 
 def _draw_deviation(canvas: Canvas, axis: Axis, bar: Bar, y: float) -> None:

@@ -54,7 +54,7 @@ def roofline(results: Sequence[BenchResult]) -> Section:
     lead = (
         f"{rates.name}, {rates.dtype}, {'measured' if rates.measured else 'published'} rates: "
         f"{number(rates.flops_per_s / 1e9)} GFLOP/s and {number(rates.mem_bytes_per_s / 1e9)} GB/s. Round dots are "
-        "operations of a traced iteration, square ones whole runs; the height below the roof is what is left to gain."
+        "operations of a traced iteration, square ones whole runs (the fastest of each result); the height below the roof is what is left to gain."
     )
     rows = tuple(
         (f"{index} {point.name}", number(point.intensity), number(point.flops_per_s / 1e9),
@@ -87,10 +87,11 @@ def _operations(subject: Subject, rates: MachineRates) -> list[Point]:
 
 
 def _runs(results: Sequence[BenchResult], rates: MachineRates) -> list[Point]:
-    """Whole runs: the work behind their floors, over the time they took."""
+    """Of each result the fastest series as a whole: the work behind its floors, over the time it took."""
     points = []
     for result in results:
-        for series in measured(result) if result.machine.rates == rates else []:
+        here = measured(result) if result.machine.rates == rates else []
+        for series in sorted(here, key=lambda series: -series.numbers["tokens_per_s"])[:1]:
             bound = done_bound(series)
             if bound is not None and {"compute", "memory"} <= bound.floors_s.keys():
                 flops = bound.floors_s["compute"] * bound.rates.flops_per_s
