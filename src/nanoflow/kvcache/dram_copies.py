@@ -46,7 +46,7 @@ def page_unlock(array: UInt8Array) -> None:
 def runs_of_slots(slots: Int64Array) -> Iterator[tuple[int, int, int]]:
     """(first row, its slot, length) of each maximal run of slots that rise by one."""
     bounds = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
-    for start, stop in zip(bounds, bounds[1:]):
+    for start, stop in zip(bounds, bounds[1:], strict=False):
         if start < stop:
             yield start, int(slots[start]), stop - start
 
