@@ -20,23 +20,22 @@ from torch import Tensor
 from nanoflow.kernels.base import ExpertWeights
 from nanoflow.kernels.triton.activation import silu_mul
 from nanoflow.kernels.triton.backend import TritonKernels
-from nanoflow.kernels.triton.gemm import GemmShape, gemm
-from nanoflow.kernels.triton.linear import library_linear
+from nanoflow.kernels.triton.gemm import GemmShape
+from nanoflow.kernels.triton.gemm_bulk import BulkShape
+from nanoflow.kernels.triton.linear import library_linear, persistent
+from nanoflow.kernels.triton.products import Shape
 
 BF16 = torch.bfloat16
 N_SETS = 4
 SUSTAIN_S = 1.2
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 BASE = GemmShape()
-VARIANTS = {
-    "128x256 s3": BASE,
-    "128x256 s4": replace(BASE, stages=4),
-    "128x256 s3 group 8": replace(BASE, group=8),
-    "128x256 s3 no flatten": replace(BASE, flatten=False),
-    "128x256x128 s2": replace(BASE, k=128, stages=2),
-    "256x128 s3": replace(BASE, m=256, n=128, group=8),
-    "128x128 s4": replace(BASE, n=128, stages=4),
-    "128x128 w4 s4": replace(BASE, n=128, warps=4, stages=4),
+VARIANTS: dict[str, Shape] = {
+    "128x256": BASE,
+    "128x256 loops": replace(BASE, flatten=False),
+    "128x128": replace(BASE, n=128, warps=4, stages=4),
+    "bulk": BulkShape(),
+    "bulk group 4": BulkShape(group=4),
 }
 
 
@@ -142,9 +141,9 @@ def run_gemm(n_tokens: int, power: Power) -> None:
             target = half if fused else out
 
             def by_us(
-                w: Tensor, s: GemmShape, f: bool = fused, a: bool = accumulate, x: Tensor = x, t: Tensor = target
+                w: Tensor, s: Shape, f: bool = fused, a: bool = accumulate, x: Tensor = x, t: Tensor = target
             ) -> None:
-                gemm(x, w, t, accumulate=a, silu_mul=f, shape=s)
+                persistent(x, w, t, None, s, accumulate=a, silu_mul=f)
 
             report(label, [lambda w=w, s=shape, f=by_us: f(w, s) for w in weights])
 
@@ -156,28 +155,29 @@ def run_layer(n_tokens: int, power: Power) -> None:
     layers = [{name: normal(n, k) / k**0.5 for name, (n, k) in SHAPES.items()} for _ in range(N_SETS)]
     tflop = sum(2e-12 * n_tokens * n * k for n, k in SHAPES.values())
 
-    def product(w: Tensor, source: Tensor, out: Tensor, accumulate: bool, shape: GemmShape | None) -> None:
+    def product(w: Tensor, source: Tensor, out: Tensor, accumulate: bool, shape: Shape | None) -> None:
         if shape is None:
             library_linear(source, w, out, None, accumulate)
         else:
-            gemm(source, w, out, accumulate=accumulate, shape=shape)
+            persistent(source, w, out, None, shape, accumulate=accumulate)
 
-    def layer(w: dict[str, Tensor], small: GemmShape | None, fused: GemmShape | None) -> None:
+    def layer(w: dict[str, Tensor], small: Shape | None, fused: Shape | None) -> None:
         product(w["qkv"], x, qkv, False, small)
         product(w["o"], qkv[:, :4096], residual, True, small)
         if fused is None:
             library_linear(x, w["gate_up"], wide, None, False)
             silu_mul(wide, act, interleaved=True)
         else:
-            gemm(x, w["gate_up"], act, silu_mul=True, shape=fused)
+            persistent(x, w["gate_up"], act, None, fused, silu_mul=True)
         product(w["down"], act, residual, True, small)
 
     for _ in range(2):
         for label, small, fused in (
             ("library", None, None),
-            ("library, gate-up ours", None, BASE),
-            ("library, gate-up ours s4", None, VARIANTS["128x256 s4"]),
-            ("all ours", BASE, BASE),
+            ("library, gate-up 128x256", None, BASE),
+            ("library, gate-up bulk", None, BulkShape()),
+            ("all 128x256", BASE, BASE),
+            ("all bulk", BulkShape(), BulkShape()),
         ):
             t = measure([lambda w=w, s=small, f=fused: layer(w, s, f) for w in layers], power)
             rates = f"{tflop / t.burst_us * 1e6:5.0f} burst {tflop / t.sustained_us * 1e6:5.0f} sustained TFLOP/s"

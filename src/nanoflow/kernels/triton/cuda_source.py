@@ -85,15 +85,21 @@ def pointer(tensor: Tensor) -> Argument:
     return tensor.data_ptr(), ctypes.c_void_p
 
 
+def integer(value: int) -> Argument:
+    """An int."""
+    return value, ctypes.c_int
+
+
 def tensor_map(kv_layer: Tensor, box_rows: int) -> Argument:
     """How the copy engine sees a layer: (rows, head_dim), fetched in swizzled boxes of `box_rows` × `BOX_COLUMNS`."""
     head_dim = kv_layer.shape[-1]
     rows = kv_layer.numel() // head_dim
-    return _encoded(kv_layer.data_ptr(), rows, head_dim, box_rows, kv_layer.dtype), None
+    return matrix_map(kv_layer.data_ptr(), rows, head_dim, head_dim, box_rows, kv_layer.dtype), None
 
 
 @functools.lru_cache(maxsize=4096)
-def _encoded(address: int, rows: int, head_dim: int, box_rows: int, dtype: torch.dtype) -> Any:
+def matrix_map(address: int, rows: int, columns: int, row_stride: int, box_rows: int, dtype: torch.dtype) -> Any:
+    """How the copy engine sees a matrix of 16-bit elements: swizzled boxes of `box_rows` × `BOX_COLUMNS`."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
@@ -104,8 +110,8 @@ def _encoded(address: int, rows: int, head_dim: int, box_rows: int, dtype: torch
             kind,
             2,
             address,
-            [wide(head_dim), wide(rows)],
-            [wide(head_dim * dtype.itemsize)],
+            [wide(columns), wide(rows)],
+            [wide(row_stride * dtype.itemsize)],
             [narrow(BOX_COLUMNS), narrow(box_rows)],
             [narrow(1), narrow(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from nanoflow.kernels.triton import activation, launch
-from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved, is_describable
-from nanoflow.kernels.triton.products import LIBRARY, SHAPES, ProductKey, ProductTable, for_float32
+from nanoflow.kernels.triton import activation, gemm_bulk, launch
+from nanoflow.kernels.triton.gemm import gemm, interleaved, is_describable
+from nanoflow.kernels.triton.gemm_bulk import BulkShape
+from nanoflow.kernels.triton.products import LIBRARY, SHAPES, ProductKey, ProductTable, Shape, for_float32
 
 
 def library_linear(x_tk: Tensor, weight_nk: Tensor, out_tn: Tensor, bias_n: Tensor | None, accumulate: bool) -> None:
@@ -42,17 +43,19 @@ def linear(
 ) -> None:
     """See `kernels.base.Kernels.linear`."""
 
-    def ours(shape: GemmShape, out: Tensor) -> None:
-        if out.dtype == torch.float32:
-            shape = for_float32(shape)
-        gemm(x_tk, weight_nk, out, bias_n=bias_n, accumulate=accumulate, shape=shape)
+    def ours(shape: Shape, out: Tensor) -> None:
+        persistent(x_tk, weight_nk, out, bias_n, shape, accumulate=accumulate)
 
     def contestants() -> Mapping[str, Callable[[], None]]:
         scratch = torch.zeros_like(out_tn)
-        race = {name: (lambda shape=shape: ours(shape, scratch)) for name, shape in SHAPES.items()}
+        race = {
+            name: (lambda shape=shape: ours(shape, scratch))
+            for name, shape in SHAPES.items()
+            if fits(shape, scratch, bias_n)
+        }
         return {LIBRARY: lambda: library_linear(x_tk, weight_nk, scratch, bias_n, accumulate)} | race
 
-    shape = _chosen(table, "accumulate" if accumulate else "plain", x_tk, weight_nk, out_tn, contestants)
+    shape = _chosen(table, "accumulate" if accumulate else "plain", x_tk, weight_nk, out_tn, bias_n, contestants)
     if shape is None:
         library_linear(x_tk, weight_nk, out_tn, bias_n, accumulate)
     else:
@@ -69,19 +72,49 @@ def linear_silu_mul(
         library_linear(x_tk, weight_nk, gate_up_tn, bias, accumulate=False)
         activation.silu_mul(gate_up_tn, out, interleaved=True)
 
-    def ours(shape: GemmShape, out: Tensor) -> None:
-        gemm(x_tk, weight_nk, out, bias_n=bias_n, silu_mul=True, shape=shape)
+    def ours(shape: Shape, out: Tensor) -> None:
+        persistent(x_tk, weight_nk, out, bias_n, shape, silu_mul=True)
 
     def contestants() -> Mapping[str, Callable[[], None]]:
         scratch = torch.empty_like(out_tf)
-        race = {name: (lambda shape=shape: ours(shape, scratch)) for name, shape in SHAPES.items()}
+        race = {
+            name: (lambda shape=shape: ours(shape, scratch))
+            for name, shape in SHAPES.items()
+            if fits(shape, scratch, bias_n)
+        }
         return {LIBRARY: lambda: in_memory(scratch)} | race
 
-    shape = _chosen(table, "silu_mul", x_tk, weight_nk, out_tf, contestants)
+    shape = _chosen(table, "silu_mul", x_tk, weight_nk, out_tf, bias_n, contestants)
     if shape is None:
         in_memory(out_tf)
     else:
         ours(shape, out_tf)
+
+
+def fits(shape: Shape, out: Tensor, bias_n: Tensor | None) -> bool:
+    """Whether a product is written for this result."""
+    if isinstance(shape, BulkShape):
+        return bias_n is None and out.element_size() == 2 and gemm_bulk.unusable_reason() is None
+    return True
+
+
+def persistent(
+    x_tk: Tensor,
+    weight_nk: Tensor,
+    out: Tensor,
+    bias_n: Tensor | None,
+    shape: Shape,
+    *,
+    accumulate: bool = False,
+    silu_mul: bool = False,
+) -> None:
+    """One of our products."""
+    if isinstance(shape, BulkShape):
+        gemm_bulk.gemm_bulk(x_tk, weight_nk, out, accumulate=accumulate, silu_mul=silu_mul, shape=shape)
+        return
+    if out.dtype == torch.float32:
+        shape = for_float32(shape)
+    gemm(x_tk, weight_nk, out, bias_n=bias_n, accumulate=accumulate, silu_mul=silu_mul, shape=shape)
 
 
 def _chosen(
@@ -90,10 +123,12 @@ def _chosen(
     x_tk: Tensor,
     weight_nk: Tensor,
     out: Tensor,
+    bias_n: Tensor | None,
     contestants: Callable[[], Mapping[str, Callable[[], None]]],
-) -> GemmShape | None:
+) -> Shape | None:
     """The table's choice; the library where our product does not apply."""
     if not x_tk.is_cuda or x_tk.element_size() != 2 or not all(map(is_describable, (x_tk, weight_nk, out))):
         return None
     (n, k), n_sms = weight_nk.shape, launch.lane_sms(x_tk.device)
+    kind = kind if bias_n is None else f"{kind} bias"
     return table.choose(ProductKey(kind, n, k, x_tk.shape[0], n_sms, x_tk.dtype, out.dtype), contestants)
