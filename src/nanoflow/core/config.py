@@ -63,6 +63,13 @@ class CacheConfig:
     )
     kv_memory_bytes: int | None = _doc("KV cache size in bytes, instead of a fraction", default=None)
     enable_prefix_caching: bool = _doc("keep the KV pages of finished prompts and answers for reuse", default=True)
+    kv_dram_bytes: int | None = _doc(
+        "memory of the host for KV pages that the device has no room for; 0 is none", default=None
+    )
+    kv_ssd_path: str | None = _doc(
+        "folder for KV pages on an SSD, which survive a restart; none if left out", default=None
+    )
+    kv_ssd_bytes: int | None = _doc("most that KV pages may take there", default=None)
 
     def __post_init__(self) -> None:
         if self.page_tokens not in (16, 32, 64, 128):
@@ -70,6 +77,14 @@ class CacheConfig:
         if self.kv_memory_fraction is not None and not 0.0 < self.kv_memory_fraction <= 1.0:
             raise ConfigError(f"kv_memory_fraction must be above 0 and at most 1, not {self.kv_memory_fraction}.")
         _at_least("kv_memory_bytes", self.kv_memory_bytes, 1)
+        _at_least("kv_dram_bytes", self.kv_dram_bytes, 0)
+        _at_least("kv_ssd_bytes", self.kv_ssd_bytes, 1)
+        if self.kv_ssd_bytes is not None and self.kv_ssd_path is None:
+            raise ConfigError("kv_ssd_bytes needs kv_ssd_path; name the folder, or drop it.")
+        if self.kv_ssd_path is not None and self.kv_dram_bytes == 0:
+            raise ConfigError("an SSD tier is reached through memory of the host; give kv_dram_bytes, or leave it out.")
+        if not self.enable_prefix_caching and (self.kv_dram_bytes or self.kv_ssd_path is not None):
+            raise ConfigError("kv_dram_bytes and kv_ssd_path need enable_prefix_caching; switch it on, or drop them.")
 
 
 @dataclass(frozen=True)

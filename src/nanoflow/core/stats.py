@@ -29,11 +29,21 @@ class WorkDone:
 
 @dataclass(frozen=True)
 class TierFill:
-    """KV pages that a place below the device holds, of those it may hold."""
+    """KV pages that a place below the device holds, of those it may hold, and what was moved to and from it.
+
+    `read` is towards the device. Seconds are those with a copy under way, so bytes / seconds is the bandwidth in use.
+    """
 
     name: str
     pages: int
     capacity_pages: int
+    read_bytes: int = 0
+    read_s: float = 0.0
+    written_bytes: int = 0
+    write_s: float = 0.0
+    evicted_pages: int = 0
+    corrupt_pages: int = 0
+    errors: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,3 +62,7 @@ class EngineStats:
     busy_s: float = 0.0  # time with at least one batch in flight
     energy_j: float | None = None  # since start, where the device can tell
     kv_tiers: tuple[TierFill, ...] = ()  # below the device, nearest first
+    kv_pages_cached: int = 0  # of the device's unused pages, those kept for reuse
+    kv_evicted_pages: int = 0  # kept pages of the device whose memory was needed
+    kv_hit_tokens: dict[str, int] = field(default_factory=dict)  # not computed since found, by tier
+    kv_reload_wait_s: float = 0.0  # time that pages were on their way from lower tiers, summed over reloads

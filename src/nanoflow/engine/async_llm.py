@@ -292,7 +292,7 @@ class AsyncLLM:
             while True:
                 if in_flight is None and not core.has_work:
                     with self._wake:
-                        self._wake.wait_for(lambda: core.has_work or self._stopping)
+                        self._wake.wait_for(lambda: core.has_work or self._stopping, core.idle_limit_s)
                     if self._stopping and not core.has_work:
                         break
                 in_flight = core.step(in_flight)
@@ -304,7 +304,7 @@ class AsyncLLM:
                 core.fail_all(self._dead)
             self._publish(self._take_events())
         finally:
-            self._engine.device.close()
+            self._engine.close()
 
     def _take_events(self) -> list[TokenEvent]:
         """What streams have to hear: tokens of the streamed sequences, the end of the others."""

@@ -16,7 +16,7 @@ from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.stats import WorkDone
 from nanoflow.device.base import Device
-from nanoflow.engine.caching import cache_root, make_mover
+from nanoflow.engine.caching import cache_root, make_mover, store_layout, tiers_below, wants_tiers
 from nanoflow.engine.core import EngineCore, Launcher
 from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, find_tuned, open_device, resolve_dtype, resolve_sizes
 from nanoflow.engine.sampler import LogitsSampler
@@ -54,6 +54,13 @@ class Engine:
         """How fast this machine is: from the user's cache, else measured now (a few seconds)."""
         return measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
 
+    def close(self) -> None:
+        """Keep what the KV cache's lower tiers can keep, then stop the device's lanes. Idempotent."""
+        try:
+            self.core.scheduler.residency.close()
+        finally:
+            self.device.close()
+
     def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
         """What a run did against the bound of this machine."""
         return RunReport.of(elapsed_s, work, self.rates)
@@ -82,6 +89,11 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     assert config.cache.kv_memory_bytes and config.scheduler.max_running and config.model.max_model_len
     n_pages = config.cache.kv_memory_bytes // (page * spec.kv_bytes_per_token(config.model.dtype))
     eos_ids = tuple(dict.fromkeys([*spec.eos_ids, *tokenizer.eos_ids]))
+    least_work = iteration_work(spec, config.model.dtype)
+    mover, lower = make_mover(executor, device, pipeline), None
+    if wants_tiers(config.cache):
+        rates = measure_rates(device.kind, config.model.dtype, config.device.threads)
+        lower = tiers_below(config, mover, least_work, rates, store_layout(config, files, kernels.name))
     scheduler = Scheduler(
         SchedulerLimits(
             dense_batch=pipeline.dense_batch,
@@ -93,9 +105,10 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
             caching=config.cache.enable_prefix_caching,
         ),
         root=cache_root(config, files, kernels.name),
-        mover=make_mover(executor, device),
+        mover=mover,
+        lower=lower,
     )
-    work = WorkCounter(iteration_work(spec, config.model.dtype))
+    work = WorkCounter(least_work)
     core = EngineCore(scheduler, executor, work, asynchronous=config.scheduler.asynchronous)
     _log.info(
         "ready in %.1f s: %s, %s kernels on %s", time.monotonic() - started, files.origin, kernels.name, device.name

@@ -18,6 +18,9 @@ from nanoflow.engine.batching import ScheduledBatch
 from nanoflow.engine.scheduler import Scheduler
 from nanoflow.engine.sequence import Sequence, TokenEvent
 
+WRITING_S = 0.005
+"""Between two looks at writes to the SSD while there is nothing else to do."""
+
 
 class Pending(Protocol):
     """An iteration that was launched."""
@@ -81,6 +84,11 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._added or self._aborted) or self.scheduler.has_work
 
+    @property
+    def idle_limit_s(self) -> float | None:
+        """How long may pass without a step although there is no work: pages may still have to go to an SSD."""
+        return WRITING_S if self.scheduler.residency.has_writes else None
+
     def step(self, in_flight: InFlightBatch | None) -> InFlightBatch | None:
         """One iteration: returns the batch now in flight. An error of the device passes through."""
         self._take_commands()
@@ -91,6 +99,8 @@ class EngineCore:
         launched = None if scheduled is None else self._launch(scheduled)
         if in_flight is not None:
             self._retire(in_flight)
+        elif launched is None:
+            self.scheduler.residency.wait()
         self._count_busy(launched is not None)
         return launched
 
@@ -108,6 +118,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """A snapshot; may be read from another thread, where a counter can be one iteration behind another."""
         scheduler, busy_since = self.scheduler, self._busy_since
+        residency, loader = scheduler.residency, scheduler.residency.loader
         return EngineStats(
             n_running=scheduler.n_running,
             n_waiting=self.n_queued,
@@ -122,6 +133,11 @@ class EngineCore:
                 output_tokens=scheduler.output_tokens,
                 recomputed_tokens=scheduler.recomputed_tokens,
             ),
+            kv_tiers=() if loader is None else loader.lower.stats,
+            kv_pages_cached=scheduler.pool.n_cached,
+            kv_evicted_pages=scheduler.pool.evicted_pages,
+            kv_hit_tokens=residency.hit_tokens,
+            kv_reload_wait_s=0.0 if loader is None else loader.lower.reload_wait_s,
             busy_s=self._busy_s + (0.0 if busy_since is None else time.monotonic() - busy_since),
         )
 

@@ -46,7 +46,7 @@ class LLM:
         self._lock = threading.Lock()
         self._last_run: tuple[float, WorkDone] | None = None
         self._dead: str | None = None
-        weakref.finalize(self, self._engine.device.close)  # a dropped LLM gives its threads and weights back
+        weakref.finalize(self, self._engine.close)  # a dropped LLM gives its threads and weights back
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -128,10 +128,13 @@ class LLM:
         return outputs
 
     def shutdown(self) -> None:
-        """Stop the device's lanes. Idempotent; later calls of `generate` raise `EngineDeadError`."""
+        """Keep KV pages where the config says, then stop the device's lanes. Idempotent.
+
+        Later calls of `generate` raise `EngineDeadError`.
+        """
         with self._lock:
             self._dead = self._dead or "it was shut down"
-            self._engine.device.close()
+            self._engine.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -9,14 +9,18 @@ tokens are cached, the page of the last one is copied, and so is the half-full l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from nanoflow.core.batch import Int32Array
+from nanoflow.engine.loading import PageLoader
+from nanoflow.engine.naming import PageNames, reusable_tokens
 from nanoflow.engine.sequence import Sequence
 from nanoflow.engine.table import RequestTable
-from nanoflow.kvcache.chain import page_keys, salted_root, tail_key
+from nanoflow.kvcache.chain import tail_key
+from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
 
@@ -25,24 +29,38 @@ NO_PAGES: Int32Array = np.zeros(0, dtype=np.int32)
 
 @dataclass(frozen=True)
 class Match:
-    """What of a sequence is cached: `pages` as they are, then perhaps `source`, to be copied; `tokens` in all."""
+    """What of a sequence is cached: `pages` as they are, then perhaps `source`, to be copied; `tokens` in all.
+
+    `n_lower` pages that follow lie in DRAM (then there is no `source`); their tokens are not counted in `tokens`.
+    """
 
     tokens: int
     pages: Int32Array = field(default_factory=lambda: NO_PAGES)
     source: int | None = None
+    n_lower: int = 0
 
 
 class Residency:
-    """Pages of `page_tokens` tokens. `root` names model and layout; without a `mover` no page is ever copied."""
+    """Pages of `page_tokens` tokens. `root` names model and layout; without a `mover` no page is ever copied.
+
+    `lower` are the tiers below the device, if there are any.
+    """
 
     def __init__(
-        self, table: RequestTable, pool: PagePool, page_tokens: int, root: bytes = b"", mover: PageMover | None = None
+        self,
+        table: RequestTable,
+        pool: PagePool,
+        page_tokens: int,
+        root: bytes = b"",
+        mover: PageMover | None = None,
+        lower: LowerTiers | None = None,
     ) -> None:
         self.table = table
         self.pool = pool
         self.page_tokens = page_tokens
-        self.hit_tokens = 0
-        self._root = root
+        self.names = PageNames(root, page_tokens)
+        self.loader = None if lower is None else PageLoader(table, pool, self.names, lower)
+        self._hit_tokens = 0
         self._mover = mover
         self._iteration = 0
         self._fresh: set[int] = set()  # pages written by the batch being formed
@@ -57,6 +75,8 @@ class Residency:
         self._fresh.clear()
         if self._sources:
             self._release_sources()
+        if self.loader is not None:
+            self.loader.poll()
 
     def start_copies(self) -> None:
         """The batch is formed: let the device copy, in order before it, what its requests will write behind."""
@@ -69,9 +89,13 @@ class Residency:
     # --- before admission ---
 
     def must_wait(self, sequence: Sequence) -> bool:
-        """Whether pages that this sequence should share are still being computed for another choice of its request."""
+        """Whether pages of this sequence are on their way from a lower tier, or being computed for another choice."""
+        if not self.pool.caching:
+            return False
+        if self.loader is not None and self.loader.is_coming(sequence):
+            return True
         choices = sequence.choices
-        if choices is None or not self.pool.caching:
+        if choices is None:
             return False
         leader = choices.leader
         if leader is None or leader.finish_reason is not None:
@@ -85,10 +109,14 @@ class Residency:
         if not self.pool.caching:
             return Match(0)
         known = sequence.n_known
-        most = self._reusable_tokens(sequence, known)
-        keys = self._keys(sequence, known // self.page_tokens)
+        most = reusable_tokens(sequence, known)
+        keys = self.names.keys(sequence, known // self.page_tokens)
         pages = self.pool.lookup(keys)
         tokens = len(pages) * self.page_tokens
+        if self.loader is not None and tokens <= most:
+            n_lower = self.loader.in_dram(keys[: most // self.page_tokens], len(pages))
+            if n_lower:
+                return Match(tokens, pages, n_lower=n_lower)
         if tokens <= most:
             source = self._tail(sequence, tokens, known) if len(pages) == len(keys) and most == known - 1 else None
             return Match(tokens if source is None else most, pages, source)
@@ -125,6 +153,8 @@ class Residency:
             pages = np.append(pages, copied)
             tokens = tokens if len(copied) else len(match.pages) * self.page_tokens
         self._extend(slot, pages, tokens)
+        if self.loader is not None and match.n_lower:
+            self.loader.load(slot, sequence, match.n_lower)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = tokens
 
@@ -135,7 +165,7 @@ class Residency:
         assert sequence is not None
         if not self.pool.caching or start % page or start != int(table.n_pages[slot]) * page:
             return
-        most = self._reusable_tokens(sequence, int(table.target[slot])) // page
+        most = reusable_tokens(sequence, int(table.target[slot])) // page
         keys = sequence.page_keys[start // page : most]
         if keys and keys[0] in self.pool:
             pages = self.pool.lookup(keys)
@@ -156,12 +186,12 @@ class Residency:
         held = table.pages[slot, first : -(-stop // page)]
         self._fresh.update(held.tolist())
         if last > first:
-            self.pool.name(self._keys(sequence, last)[first:last], held[: last - first])
+            self.pool.name(self.names.keys(sequence, last)[first:last], held[: last - first])
         if sequence.choices is not None and sequence.choices.leader is sequence and stop == int(table.target[slot]):
             sequence.choices.computed_at = self._iteration
             if stop % page:
                 tokens = sequence.known_ids()[last * page : stop - 1]
-                self.pool.insert_tail(tail_key(self._parent(sequence, last), tokens), int(held[-1]))
+                self.pool.insert_tail(tail_key(self.names.parent(sequence, last), tokens), int(held[-1]))
 
     def release(self, slot: int) -> None:
         """Take all pages from `slot`; full ones stay as cache. What in-flight batches write to them is counted in."""
@@ -173,37 +203,58 @@ class Residency:
         if self.pool.caching:
             known = sequence.n_known
             full = min(int(table.computed[slot]), known) // self.page_tokens
-            pages[:full] = self.pool.adopt(self._keys(sequence, full)[:full], pages[:full])
+            keys = self.names.keys(sequence, full)[:full]
+            pages[:full] = self.pool.adopt(keys, pages[:full])
+            sequence.sought = False
+            if self.loader is not None and full:
+                self.loader.lower.offload(keys, pages[:full])
         self.pool.release(pages)
         table.n_pages[slot] = 0
 
+    # --- tiers below ---
+
+    @property
+    def hit_tokens(self) -> dict[str, int]:
+        """Tokens that were found instead of computed, by tier."""
+        return {"device": self._hit_tokens} | ({} if self.loader is None else self.loader.hit_tokens)
+
+    @property
+    def busy(self) -> bool:
+        """Whether pages are being copied between the device and a lower tier."""
+        return self.loader is not None and self.loader.lower.busy
+
+    @property
+    def has_writes(self) -> bool:
+        """Whether the SSD has still to be given pages: `begin` should be called from time to time."""
+        return self.loader is not None and self.loader.lower.has_writes
+
+    def pages_coming(self) -> int:
+        """Pages that will be free without anybody being preempted, as soon as their copies have ended."""
+        return 0 if self.loader is None else self.loader.lower.pages_coming()
+
+    def look_ahead(self, waiting: Iterable[Sequence]) -> None:
+        """Start to bring up pages of sequences that will be admitted soon."""
+        if self.loader is not None:
+            self.loader.look_ahead(waiting)
+
+    def wait(self) -> None:
+        """Nothing can run now: give copies a moment."""
+        if self.loader is not None:
+            self.loader.lower.wait()
+
+    def close(self) -> None:
+        """Keep what lower tiers can keep. Nothing may run or be launched any more."""
+        if self.loader is not None:
+            self.loader.lower.close()
+
     # --- parts ---
-
-    def _keys(self, sequence: Sequence, n_pages: int) -> list[bytes]:
-        """Names of the sequence's pages, at least the first `n_pages` of them, all of them full."""
-        keys = sequence.page_keys
-        if len(keys) < n_pages:
-            page = self.page_tokens
-            tokens = sequence.known_ids()[len(keys) * page : n_pages * page]
-            keys += page_keys(self._parent(sequence, len(keys)), tokens, page)
-        return keys
-
-    def _parent(self, sequence: Sequence, n_pages: int) -> bytes:
-        """What the name of page number `n_pages` begins with."""
-        return sequence.page_keys[n_pages - 1] if n_pages else salted_root(self._root, sequence.request.cache_salt)
-
-    def _reusable_tokens(self, sequence: Sequence, known: int) -> int:
-        """All but the last of the known tokens; fewer where prompt positions are still to be scored."""
-        if sequence.prompt_logprobs is not None and sequence.n_scored < len(sequence.prompt_array) - 1:
-            return min(known - 1, sequence.n_scored)
-        return known - 1
 
     def _tail(self, sequence: Sequence, start: int, known: int) -> int | None:
         """A page to copy that holds tokens [start, known - 1), computed for another choice of the same request."""
         if sequence.choices is None or start >= known - 1:
             return None
         tokens = sequence.known_ids()[start : known - 1]
-        page = self.pool.lookup_tail(tail_key(self._parent(sequence, start // self.page_tokens), tokens))
+        page = self.pool.lookup_tail(tail_key(self.names.parent(sequence, start // self.page_tokens), tokens))
         return None if page is None else self._copyable(page)
 
     def _copyable(self, page: int) -> int | None:
@@ -235,4 +286,4 @@ class Residency:
         table.pages[slot, held : held + len(pages)] = pages
         table.n_pages[slot] = held + len(pages)
         table.computed[slot] += tokens
-        self.hit_tokens += tokens
+        self._hit_tokens += tokens

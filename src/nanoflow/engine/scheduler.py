@@ -9,6 +9,7 @@ is scheduled: a request that turns out to have ended has its one extra token dro
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -22,11 +23,15 @@ from nanoflow.engine.residency import Match, Residency
 from nanoflow.engine.results import note_first_tokens, special_token, take_prompt_scores
 from nanoflow.engine.sequence import Sequence, TokenEvent
 from nanoflow.engine.table import HOLDING, RequestTable, SlotState
+from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
 
 LOOK_AHEAD = 256
 """Waiting requests that are looked at in one iteration, where those before them wait for pages."""
+
+SEEK_AHEAD = 16
+"""Waiting requests whose pages may come up from lower tiers before there is room for them."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,26 @@ def slots_for(max_running: int) -> int:
 class Scheduler:
     """Continuous batching over paged KV memory. Not thread-safe: one thread schedules and retires.
 
-    `root` names what cached pages depend on besides their tokens; without a `mover` no page is copied.
+    `root` names what cached pages depend on besides their tokens; without a `mover` no page is copied. `lower` makes
+    the tiers below the device for the pool it is given.
     """
 
-    def __init__(self, limits: SchedulerLimits, *, root: bytes = b"", mover: PageMover | None = None) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        root: bytes = b"",
+        mover: PageMover | None = None,
+        lower: Callable[[PagePool], LowerTiers] | None = None,
+    ) -> None:
         assert limits.max_running <= limits.dense_batch, "every running request must find a place in the batch"
         assert limits.n_pages * limits.page_tokens >= limits.max_model_len, "one longest request must fit"
         self.limits = limits
         self.pool = PagePool(limits.n_pages, caching=limits.caching)
         max_pages = -(-limits.max_model_len // limits.page_tokens)
         self.table = RequestTable(slots_for(limits.max_running), max_pages)
-        self.residency = Residency(self.table, self.pool, limits.page_tokens, root, mover)
+        tiers = None if lower is None else lower(self.pool)
+        self.residency = Residency(self.table, self.pool, limits.page_tokens, root, mover, tiers)
         self.lengths = DecodeLengths()
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
@@ -101,8 +115,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is queued, running, or waits for a batch in flight."""
-        return bool(self.waiting) or self.table.n_free < self.table.n_slots
+        """Whether any sequence is queued, running, or waits for a batch in flight, or pages are being copied."""
+        return bool(self.waiting) or self.table.n_free < self.table.n_slots or self.residency.busy
 
     def live_sequences(self) -> list[Sequence]:
         """Every sequence that has not ended."""
@@ -149,7 +163,12 @@ class Scheduler:
             slots: np.ndarray = table.slots_in(SlotState.DECODE)
             slots = slots[table.n_out_planned[slots] < table.max_out[slots]]
             growing = slots[table.computed[slots] >= table.n_pages[slots] * page]
-            if len(growing) <= self.pool.n_free:
+            missing = len(growing) - self.pool.n_free
+            if missing <= 0:
+                break
+            if missing <= self.residency.pages_coming():  # the youngest leave out an iteration instead
+                late = growing[np.argsort(table.age[growing])][-missing:]
+                slots, growing = np.setdiff1d(slots, late), np.setdiff1d(growing, late)
                 break
             self._preempt(self._youngest())
         if len(growing):
@@ -163,10 +182,12 @@ class Scheduler:
         prefilling = self.table.slots_in(SlotState.PREFILL)
         for slot in prefilling[np.argsort(self.table.age[prefilling])].tolist():
             budget -= self._add_chunk(slot, budget, chunks, resets)
+        self.residency.look_ahead(islice(self.waiting, SEEK_AHEAD))
         if budget > 0 and self.waiting and not self._preempted_now:
             for sequence in self._admissible(budget):
                 slot = self._admit(sequence)
-                budget -= self._add_chunk(slot, budget, chunks, resets)
+                if self.table.state[slot] == SlotState.PREFILL:
+                    budget -= self._add_chunk(slot, budget, chunks, resets)
                 if budget <= 0:
                     break
         return chunks
@@ -225,7 +246,8 @@ class Scheduler:
             if not self.residency.must_wait(sequence):
                 candidates.append(sequence)
                 matches.append(self.residency.match(sequence))
-                budget -= sequence.n_known - matches[-1].tokens
+                found = matches[-1].tokens + matches[-1].n_lower * self.limits.page_tokens
+                budget -= sequence.n_known - found
         if not candidates:
             return []
         count = self._fitting(running, candidates, matches)
@@ -289,7 +311,7 @@ class Scheduler:
     def _break_prefill_deadlock(self) -> None:
         """Several half-done prefills can hold all pages while nothing decodes: the youngest yields."""
         slots = self.table.slots_in(SlotState.PREFILL)
-        if len(slots) and not self.table.in_flight.any():
+        if len(slots) and not self.table.in_flight.any() and not self.residency.busy:
             self._preempt(self._youngest())
 
     def _leave(self, slot: int) -> None:

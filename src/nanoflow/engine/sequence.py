@@ -86,6 +86,7 @@ class Sequence:
         self.n_scored = 0  # prompt positions whose log-probability is on its way or here
         self.n_computed = 0  # tokens whose KV was computed before the last preemption
         self.page_keys: list[bytes] = []  # names of the full pages of the known tokens, as far as they were needed
+        self.sought = False  # whether lower tiers were asked for its pages since it began to wait
         self.cached_tokens: int | None = None  # prompt tokens found in the cache on first admission
         self.on_end: Callable[[Sequence], None] | None = None  # told once, when nothing will be added any more
         if request.params.prompt_logprobs is not None:

@@ -7,6 +7,7 @@ a pipeline that names none, such as the sequential one, runs them on its first l
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from nanoflow.core.batch import Int32Array
 from nanoflow.core.log import get_logger
 from nanoflow.device.base import Device, Launch, Program
 from nanoflow.executor.program import issue
+from nanoflow.kvcache.mover import MoverStats
 from nanoflow.kvcache.tier import BoolArray, UInt8Array
 
 _log = get_logger(__name__)
@@ -31,10 +33,12 @@ class LaneTransfer:
         self._whole = np.zeros(n_pages, dtype=bool)
         self._done = threading.Event()
 
-    def run(self, copy: Callable[[], None]) -> None:
+    def run(self, copy: Callable[[], None], count: Callable[[float], None]) -> None:
         """Called by the lane. A failed copy is logged and counts as not done; the device goes on."""
         try:
+            started = time.perf_counter()
             copy()
+            count(time.perf_counter() - started)
             self._whole[:] = True
         except Exception:
             _log.exception("a copy of KV pages failed")
@@ -52,18 +56,31 @@ class LaneTransfer:
 class LaneMover:
     """Implements `kvcache.mover.PageMover` with torch on the lanes of `device`.
 
-    `kv_layers` are the pages of each layer; a `pool` row holds one page of all of them. `lane` is the number of the
-    pipeline's lane for copies.
+    `kv_layers` are the pages of each layer. `lane` is the number of the pipeline's lane for copies.
     """
 
-    def __init__(self, device: Device, kv_layers: list[Tensor], pool: UInt8Array | None = None, lane: int = 0) -> None:
+    pins = False
+
+    def __init__(self, device: Device, kv_layers: list[Tensor], lane: int = 0) -> None:
         self.page_bytes = page_bytes(kv_layers)
+        self.stats = MoverStats()
         self._device = device
         self._layers = kv_layers
         self._rows = [layer.view(len(layer), -1).view(torch.uint8) for layer in kv_layers]
-        self._pool = None if pool is None else torch.from_numpy(pool)
+        self._pool: Tensor | None = None
         self._main = Program((Launch("copy pages", 0, _call, 0),), 0)
-        self._copies = Program((Launch("move pages", lane, _call, 0),), 0)
+        self._copies = self._main
+        if lane:
+            after = Launch("iterations before", 0, _nothing, 0, done=0)
+            self._copies = Program((after, Launch("move pages", lane, _call, 0, after=(0,))), 1)
+
+    def pin(self, memory: UInt8Array) -> None:
+        """Nothing to do: a CPU reaches all memory alike."""
+
+    def attach(self, pool: UInt8Array) -> None:
+        """Copy to and from these rows from now on."""
+        assert pool.shape[1] == self.page_bytes, "a row holds one page of all layers"
+        self._pool = torch.from_numpy(pool)
 
     def copy(self, sources: Int32Array, targets: Int32Array) -> None:
         """Copy pages within the device, in order with the iterations."""
@@ -86,7 +103,11 @@ class LaneMover:
                 pool[:, start : start + width].index_copy_(0, slot_p, rows.index_select(0, page_p))
                 start += width
 
-        return self._start(len(pages), copy)
+        def count(seconds: float) -> None:
+            self.stats.offloaded_bytes += len(pages) * self.page_bytes
+            self.stats.offload_s += seconds
+
+        return self._start(len(pages), copy, count)
 
     def reload(self, slots: npt.NDArray[np.int64], pages: Int32Array) -> LaneTransfer:
         """Write rows of the pool to device pages."""
@@ -99,15 +120,19 @@ class LaneMover:
                 rows.index_copy_(0, page_p, pool[:, start : start + width].index_select(0, slot_p))
                 start += width
 
-        return self._start(len(pages), copy)
+        def count(seconds: float) -> None:
+            self.stats.reloaded_bytes += len(pages) * self.page_bytes
+            self.stats.reload_s += seconds
+
+        return self._start(len(pages), copy, count)
 
     def _pool_rows(self) -> Tensor:
         assert self._pool is not None, "no tier below the device was given"
         return self._pool
 
-    def _start(self, n_pages: int, copy: Callable[[], None]) -> LaneTransfer:
+    def _start(self, n_pages: int, copy: Callable[[], None], count: Callable[[float], None]) -> LaneTransfer:
         transfer = LaneTransfer(n_pages)
-        self._device.start(self._copies, [lambda: transfer.run(copy)], issue)
+        self._device.start(self._copies, [lambda: transfer.run(copy, count)], issue)
         return transfer
 
 
@@ -118,3 +143,7 @@ def page_bytes(kv_layers: list[Tensor]) -> int:
 
 def _call(run: Any) -> None:
     run()
+
+
+def _nothing(_: Any) -> None:
+    """The first lane has come so far: all iterations started before have ended."""

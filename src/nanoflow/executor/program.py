@@ -15,7 +15,7 @@ from nanoflow.device.base import Event, Lane, Launch, Program
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.state import NanoBatch
 from nanoflow.pipeline.graph import LayerGraph
-from nanoflow.pipeline.pipeline import Pipeline
+from nanoflow.pipeline.pipeline import COPY_OPS, Pipeline
 
 
 def issue(launches: Sequence[Launch], lanes: Sequence[Lane], states: Sequence[Any], events: Sequence[Event]) -> None:
@@ -50,7 +50,8 @@ def build_program(
     """All launches of an iteration: `prologue` (embedding), the layers, `epilogue` (LM head and sampling).
 
     States: one per `pipeline.slices` entry, in that order, then one for prologue and epilogue (the whole batch), both
-    of which run on the first lane. Raises `PipelineError` if a nano-operation asks for another kernel backend.
+    of which run on the first lane. Copies of KV pages are no part of it: their nano-operations only name a lane.
+    Raises `PipelineError` if a nano-operation asks for another kernel backend.
     """
     for nano in pipeline.nano_ops:
         if nano.variant not in ("", decoder.kernels.name):
@@ -69,7 +70,7 @@ def build_program(
     for turn in range(n_layers + pipeline.rounds_behind):
         for index, (nano, needed) in enumerate(zip(pipeline.nano_ops, dependencies, strict=True)):
             layer = turn - nano.behind
-            if not 0 <= layer < n_layers:
+            if not 0 <= layer < n_layers or nano.op in COPY_OPS:
                 continue
             places = [(turn - dep.layer_back, dep.producer) for dep in needed]
             needs = [at[place] for place in places if place in at] or [0]

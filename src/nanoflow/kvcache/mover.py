@@ -6,13 +6,24 @@ dimension of one tensor a layer. A page's bytes over all layers, in layer order,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from nanoflow.core.batch import Int32Array
-from nanoflow.kvcache.tier import Transfer
+from nanoflow.kvcache.tier import Transfer, UInt8Array
+
+
+@dataclass
+class MoverStats:
+    """Bytes moved between device and pool, and the time with such a copy under way."""
+
+    offloaded_bytes: int = 0
+    offload_s: float = 0.0
+    reloaded_bytes: int = 0
+    reload_s: float = 0.0
 
 
 class PageMover(Protocol):
@@ -21,6 +32,19 @@ class PageMover(Protocol):
     `offload` and `reload` begin when everything launched before them is done, and may run beside what is launched
     later: their caller keeps others from those pages and slots until the transfer has ended.
     """
+
+    page_bytes: int
+    pins: bool
+    """Whether the pool's memory should be page-locked by `pin`."""
+    stats: MoverStats
+
+    def pin(self, memory: UInt8Array) -> None:
+        """Page-lock `memory`, which will hold the pool."""
+        ...
+
+    def attach(self, pool: UInt8Array) -> None:
+        """Copy to and from the rows of `pool`, uint8 (slots, page_bytes), from now on."""
+        ...
 
     def copy(self, sources: Int32Array, targets: Int32Array) -> None:
         """Copy pages within the device, after all that was launched before and before all that is launched later.

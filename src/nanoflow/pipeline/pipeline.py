@@ -18,6 +18,9 @@ from nanoflow.pipeline.graph import Edge, Form, LayerGraph, Scope
 
 FORMAT_VERSION = 1
 
+COPY_OPS = frozenset({Op.KV_OFFLOAD, Op.KV_RELOAD})
+"""Optional: they only name the lane for copies of KV pages, which run when there are any, beside whatever runs then."""
+
 
 @dataclass(frozen=True)
 class LaneSpec:
@@ -74,7 +77,13 @@ class Pipeline:
     @property
     def slices(self) -> tuple[tuple[int, int], ...]:
         """Distinct row ranges of the nano-operations, in order: the nano-batches."""
-        return tuple(sorted({(n.start, n.stop) for n in self.nano_ops}))
+        return tuple(sorted({(n.start, n.stop) for n in self.nano_ops if n.op not in COPY_OPS}))
+
+    @property
+    def copy_lane(self) -> int:
+        """Number of the lane that KV pages are copied on: the one that names KV offload or reload, else the first."""
+        names = [lane.name for lane in self.lanes]
+        return next((names.index(nano.lane) for nano in self.nano_ops if nano.op in COPY_OPS), 0)
 
     @property
     def rounds_behind(self) -> int:
@@ -130,7 +139,10 @@ class Pipeline:
     def _check_coverage(self, graph: LayerGraph) -> None:
         if self.dense_batch < 1:
             raise PipelineError(f"dense_batch must be at least 1, not {self.dense_batch}.")
-        foreign = {nano.op for nano in self.nano_ops} - set(graph.ops)
+        copies = [nano for nano in self.nano_ops if nano.op in COPY_OPS]
+        if len({nano.lane for nano in copies}) > 1:
+            raise PipelineError(f"KV offload and reload must share a lane, got {sorted({n.lane for n in copies})}.")
+        foreign = {nano.op for nano in self.nano_ops} - set(graph.ops) - COPY_OPS
         if foreign:
             raise PipelineError(f"ops {sorted(foreign)} are not part of this model's layer ({', '.join(graph.ops)}).")
         for op in graph.common_ops:
