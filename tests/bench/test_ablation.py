@@ -39,9 +39,9 @@ def overlap(tiny_folder: Path, tmp_path: Path) -> Path:
 def result(config: EngineConfig, overlap: Path) -> BenchResult:
     requests = make_requests(f"14/{N_OUT}", N_REQUESTS)
     compare = {"page_tokens=32": {"page_tokens": 32}}
-    return run_ablation(
-        config, requests, AblationOptions(rounds=2, warmup=1, trace=1, overlap=overlap, compare=compare)
-    )
+    options = AblationOptions(rounds=2, warmup=1, trace=1, overlap=overlap, compare=compare)
+    (found,) = run_ablation(config, [requests], options)
+    return found
 
 
 def test_every_variant_runs_everything_in_every_round(result: BenchResult) -> None:
@@ -82,7 +82,7 @@ def test_without_an_overlapping_pipeline_the_variant_names_the_fix(
 ) -> None:
     monkeypatch.setattr("nanoflow.engine.tuned.folder", lambda: tmp_path)
     options = AblationOptions(workload="8/2", rounds=1, warmup=0, trace=0)
-    result = run_ablation(config, make_requests("8/2", 2), options)
+    (result,) = run_ablation(config, [make_requests("8/2", 2)], options)
     missing = next(series for series in result.series if series.name == variants.MEMORY)
     assert "nanoflow tune" in missing.not_applicable
     assert "tokens_per_s_deviation" not in result.series[0].numbers
@@ -107,4 +107,4 @@ def test_options_to_compare_are_parsed_and_checked(config: EngineConfig, overlap
         changes_of("page_tokens")
     wrong = config.with_options("scheduler", dense_batch=16)
     with pytest.raises(ConfigError, match="is for 32"):
-        run_ablation(wrong, make_requests("8/2", 2), AblationOptions(overlap=overlap))
+        run_ablation(wrong, [make_requests("8/2", 2)], AblationOptions(overlap=overlap))

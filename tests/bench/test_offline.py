@@ -20,7 +20,9 @@ from nanoflow.core.errors import ConfigError
 
 def test_an_offline_run_accounts_for_every_token(config: EngineConfig) -> None:
     requests = make_requests("20~10/9", 12, seed=2, limits=Limits(total_tokens=60))
-    result = run_offline(config, requests, OfflineOptions(runs=2, seed=5, warmup=3, trace=2), command=("nanoflow", "x"))
+    (result,) = run_offline(
+        config, [requests], OfflineOptions(runs=2, seed=5, warmup=3, trace=2), command=("nanoflow", "x")
+    )
     assert parse_result(result.to_json()) == parse_result(parse_result(result.to_json()).to_json())
     assert (result.kind, result.seeds, result.command) == (BenchKind.OFFLINE, (5, 6), ("nanoflow", "x"))
     (series,) = result.series
@@ -42,7 +44,7 @@ def test_an_offline_run_accounts_for_every_token(config: EngineConfig) -> None:
 
 
 def test_bounds_and_operations_are_reported(config: EngineConfig) -> None:
-    result = run_offline(config, make_requests("16/8", 10), OfflineOptions(runs=1, warmup=0, trace=3))
+    (result,) = run_offline(config, [make_requests("16/8", 10)], OfflineOptions(runs=1, warmup=0, trace=3))
     (run,) = result.series[0].runs
     done, steady = run.bounds
     assert done.name.startswith("work done") and steady.name.startswith("steady state")
@@ -68,7 +70,7 @@ def test_bounds_and_operations_are_reported(config: EngineConfig) -> None:
 def test_too_long_a_workload_is_refused_before_it_runs(config: EngineConfig) -> None:
     requests = make_requests("9000/8", 2)
     with pytest.raises(ConfigError, match="--max-total-tokens"):
-        run_offline(config, requests, OfflineOptions())
+        run_offline(config, [requests], OfflineOptions())
 
 
 @pytest.mark.parametrize(
@@ -102,3 +104,21 @@ def test_the_command_prints_and_writes(tiny_folder: Path, tmp_path: Path, capsys
     assert json.loads(capsys.readouterr().out)["kind"] == "offline"
     assert main([*words.split(), "--workload", "nothing"]) == 2
     assert "not known" in capsys.readouterr().err
+
+
+def test_several_workloads_share_an_engine_and_make_a_page(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = "--load-format random --dtype float32 --dense-batch 32 --threads 1 --kv-memory-bytes 4194304"
+    page, folder = tmp_path / "page.md", tmp_path / "results"
+    words = f"bench offline {tiny_folder} {engine} --workload 12/4 --workload 5~2/3 --requests 4 --runs 2 --warmup 0"
+    assert main([*words.split(), "-o", str(folder), "--page", str(page)]) == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 2 and names[0].endswith("_offline_12-4.json") and names[1].endswith("_offline_5~2-3.json")
+    results = [parse_result((folder / name).read_text()) for name in names]
+    text = page.read_text()
+    for result, name in zip(results, names, strict=True):
+        assert f"({name})" in text
+        assert f"| {result.workload.name} | sequential | 4 |" in text
+    err = capsys.readouterr().err
+    assert "12/4, run 1 of 2: " in err and "5~2/3, run 2 of 2: " in err

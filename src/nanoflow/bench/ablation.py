@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from nanoflow.bench import environment
 from nanoflow.bench.bounds import rates_of
 from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import over_runs, ratio_to
-from nanoflow.bench.offline import run_of, speed_text, traced, warm_up
-from nanoflow.bench.result import BenchKind, BenchResult, MachineInfo, ModelInfo, Run, Series
-from nanoflow.bench.session import OnNote, OnProgress, Record, make_sequences, run_sequences
-from nanoflow.bench.variants import OverlapSource, Ready, find_overlap, make_ready, variants_for
+from nanoflow.bench.offline import SILENT, Listeners, run_of, traced, warm_up
+from nanoflow.bench.result import BenchKind, BenchResult, Run, Series
+from nanoflow.bench.session import Record, check_fits, make_sequences, run_sequences
+from nanoflow.bench.variants import OverlapSource, Ready, Variant, find_overlap, make_ready, variants_for
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
@@ -58,67 +58,24 @@ class AblationOptions:
             raise ConfigError("an ablation needs at least 1 round, and no negative warmup, trace or search time.")
 
 
-@dataclass(frozen=True)
-class _Telling:
-    """Who hears of progress, and of each run's end."""
-
-    on_progress: OnProgress | None
-    on_note: OnNote | None
-
-    def of(self, name: str) -> OnProgress | None:
-        """Progress of one variant."""
-        tell = self.on_progress
-        return None if tell is None else lambda done, total, word: tell(done, total, f"{name}, {word}")
-
-    def end(self, name: str, record: Record) -> None:
-        """A run has ended."""
-        if self.on_note is not None:
-            self.on_note(f"{name}: {speed_text(record)}")
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What the engine of the pipelines gave."""
-
-    series: list[Series]
-    notes: tuple[str, ...]
-    machine: MachineInfo
-    model: ModelInfo
-    engine: dict[str, Any]
-
-
 def run_ablation(
     config: EngineConfig,
-    requests: RequestSet,
+    workloads: Sequence[RequestSet],
     options: AblationOptions,
     *,
     command: tuple[str, ...] = (),
-    on_progress: OnProgress | None = None,
-    on_note: OnNote | None = None,
+    listeners: Listeners = SILENT,
     show_progress: bool = False,
-) -> BenchResult:
-    """All variants. `config.pipeline` is ignored. Raises the errors of `build_engine`."""
-    started_at, tell = environment.now_text(), _Telling(on_progress, on_note)
+) -> list[BenchResult]:
+    """All variants, a result a workload. `config.pipeline` is ignored. Raises the errors of `build_engine`."""
     wanted = OverlapSource(options.workload, options.overlap, options.search_seconds, options.tune)
     overlap = find_overlap(config, wanted)
-    # Prompts share nothing here, and cached pages of one variant are of no use to another.
     config = plain(config, overlap)
-    found = _pipelines(config, overlap, requests, options, tell, show_progress)
-    series = found.series + compare_options(config, requests, options, tell)
-    return BenchResult(
-        kind=BenchKind.ABLATION,
-        title=f"{found.model.name}, {requests.info.name}, {len(requests)} requests at once, {options.rounds} rounds",
-        started_at=started_at,
-        command=command,
-        versions=environment.versions(),
-        machine=found.machine,
-        model=found.model,
-        workload=requests.info,
-        series=tuple(series),
-        engine=found.engine,
-        seeds=tuple(sorted({run.seed for one in series for run in one.runs})),
-        notes=found.notes,
-    )
+    found = _on_one_engine(config, overlap, workloads, options, command, listeners, show_progress)
+    return [
+        _with_options(config, result, requests, options, listeners)
+        for result, requests in zip(found, workloads, strict=True)
+    ]
 
 
 def plain(config: EngineConfig, overlap: Pipeline | None) -> EngineConfig:
@@ -137,36 +94,82 @@ def plain(config: EngineConfig, overlap: Pipeline | None) -> EngineConfig:
     return replace(config, pipeline="sequential")
 
 
-def _pipelines(
+def _on_one_engine(
     config: EngineConfig,
     overlap: Pipeline | None,
-    requests: RequestSet,
+    workloads: Sequence[RequestSet],
     options: AblationOptions,
-    tell: _Telling,
+    command: tuple[str, ...],
+    listeners: Listeners,
     show_progress: bool,
-) -> _Measured:
+) -> list[BenchResult]:
     """The variants that share one engine, which is gone afterwards."""
     with built(config, show_progress=show_progress) as engine:
-        variants = variants_for(engine, overlap)
+        for requests in workloads:
+            check_fits(engine, requests)
         rates = rates_of(engine)
+        variants = variants_for(engine, overlap)
         ready: list[Ready] = []
         try:
             ready += [make_ready(engine, variant) for variant in variants if variant.pipeline is not None]
-            records = _rounds(engine, ready, requests, options, tell)
-            found = {
-                one.variant.name: _series(engine, one, rates, requests, records[one.variant.name], options)
-                for one in ready
-            }
+            return [
+                _measure(engine, rates, variants, ready, requests, options, command, listeners)
+                for requests in workloads
+            ]
         finally:
             for one in ready:
                 one.device.close()
-        series = [
+
+
+def _measure(
+    engine: Engine,
+    rates: MachineRates,
+    variants: list[Variant],
+    ready: list[Ready],
+    requests: RequestSet,
+    options: AblationOptions,
+    command: tuple[str, ...],
+    listeners: Listeners,
+) -> BenchResult:
+    """One workload."""
+    started_at = environment.now_text()
+    records = _rounds(engine, ready, requests, options, listeners)
+    found = {
+        one.variant.name: _series(engine, one, rates, requests, records[one.variant.name], options) for one in ready
+    }
+    series = with_ratios(
+        [
             found[variant.name][0] if variant.name in found else Series(variant.name, not_applicable=variant.reason)
             for variant in variants
         ]
-        notes = tuple(dict.fromkeys(note for _, notes in found.values() for note in notes))
-        machine, model = environment.machine_info(engine, rates), environment.model_info(engine)
-        return _Measured(with_ratios(series), notes, machine, model, environment.engine_options(engine.config))
+    )
+    return BenchResult(
+        kind=BenchKind.ABLATION,
+        title=f"{engine.spec.name}, {requests.info.name}, {len(requests)} requests at once, {options.rounds} rounds",
+        started_at=started_at,
+        command=command,
+        versions=environment.versions(),
+        machine=environment.machine_info(engine, rates),
+        model=environment.model_info(engine),
+        workload=requests.info,
+        series=tuple(series),
+        engine=environment.engine_options(engine.config),
+        seeds=seeds_of_series(series),
+        notes=tuple(dict.fromkeys(note for _, notes in found.values() for note in notes)),
+    )
+
+
+def seeds_of_series(series: Sequence[Series]) -> tuple[int, ...]:
+    """Seeds of all runs, each once."""
+    return tuple(sorted({run.seed for one in series for run in one.runs}))
+
+
+def _with_options(
+    config: EngineConfig, result: BenchResult, requests: RequestSet, options: AblationOptions, listeners: Listeners
+) -> BenchResult:
+    """The result with the engines of other options beside the pipelines."""
+    series = (*result.series, *compare_options(config, requests, options, listeners))
+    return replace(result, series=series, seeds=seeds_of_series(series))
 
 
 def _rounds(
@@ -174,7 +177,7 @@ def _rounds(
     ready: list[Ready],
     requests: RequestSet,
     options: AblationOptions,
-    tell: _Telling,
+    listeners: Listeners,
 ) -> dict[str, list[tuple[int, Record]]]:
     for one in ready:
         _switch(engine, one)
@@ -184,8 +187,8 @@ def _rounds(
     def run(one: Ready, seed: int) -> None:
         _switch(engine, one)
         name, sequences = one.variant.name, make_sequences(engine, requests, seed)
-        records[name].append((seed, run_sequences(engine, sequences, tell.of(name))))
-        tell.end(name, records[name][-1][1])
+        records[name].append((seed, run_sequences(engine, sequences, listeners.of(name))))
+        listeners.end(name, records[name][-1][1])
 
     take_turns(ready, options, run)
     return records
@@ -227,7 +230,7 @@ def _series(
 
 
 def compare_options(
-    config: EngineConfig, requests: RequestSet, options: AblationOptions, tell: _Telling
+    config: EngineConfig, requests: RequestSet, options: AblationOptions, listeners: Listeners
 ) -> list[Series]:
     """Engines that differ by options, in turn with the plain one; each run builds its engine."""
     if not options.compare:
@@ -240,8 +243,8 @@ def compare_options(
         with built(configs[name]) as engine:
             rates = rates_of(engine)
             warm_up(engine, requests, options.warmup)
-            record = run_sequences(engine, make_sequences(engine, requests, seed), tell.of(name))
-            tell.end(name, record)
+            record = run_sequences(engine, make_sequences(engine, requests, seed), listeners.of(name))
+            listeners.end(name, record)
             runs[name].append(run_of(engine, rates, requests, record, seed))
 
     take_turns(list(configs), options, run)

@@ -6,6 +6,7 @@ Repeats have the same lengths and other token ids, so that nothing that one run 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import energy_of, over_runs, throughput_numbers
 from nanoflow.bench.optimes import trace_plans, tracing
 from nanoflow.bench.result import BenchKind, BenchResult, Column, IterationTrace, Run, Series, rounded
-from nanoflow.bench.session import OnNote, OnProgress, Record, make_sequences, run_sequences
+from nanoflow.bench.session import OnNote, OnProgress, Record, check_fits, make_sequences, run_sequences
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.batch import BatchPlan
 from nanoflow.core.config import EngineConfig
@@ -45,48 +46,81 @@ class OfflineOptions:
             raise ConfigError("a benchmark needs at least 1 run, and no negative warmup or trace; correct them.")
 
 
+@dataclass(frozen=True)
+class Listeners:
+    """Who hears of a benchmark's progress, and of each run's end."""
+
+    on_progress: OnProgress | None = None
+    on_note: OnNote | None = None
+
+    def of(self, name: str) -> OnProgress | None:
+        """Progress of one run, with its name before each word."""
+        tell = self.on_progress
+        return None if tell is None else lambda done, total, word: tell(done, total, f"{name}, {word}")
+
+    def end(self, name: str, record: Record) -> None:
+        """A run has ended."""
+        if self.on_note is not None:
+            work = record.work
+            rate = (work.prompt_tokens + work.output_tokens) / record.elapsed_s
+            self.on_note(f"{name}: {rate:,.0f} tokens/s in {record.elapsed_s:.1f} s")
+
+
+SILENT = Listeners()
+
+
 def run_offline(
     config: EngineConfig,
-    requests: RequestSet,
+    workloads: Sequence[RequestSet],
     options: OfflineOptions,
     *,
     command: tuple[str, ...] = (),
-    on_progress: OnProgress | None = None,
-    on_note: OnNote | None = None,
+    listeners: Listeners = SILENT,
     show_progress: bool = False,
-) -> BenchResult:
-    """Build the engine, measure the machine's rates, run, trace. Raises the errors of `build_engine`."""
-    started_at = environment.now_text()
+) -> list[BenchResult]:
+    """A result a workload, all on one engine. Raises the errors of `build_engine`."""
     with built(config, show_progress=show_progress) as engine:
-        make_sequences(engine, requests.first(1), options.seed)
+        for requests in workloads:
+            check_fits(engine, requests)
         rates = rates_of(engine)
-        warm_up(engine, requests, options.warmup)
-        records: list[Record] = []
-        for number, seed in enumerate(seeds_of(options)):
-            tell = _telling(number, options.runs, on_progress)
-            records.append(run_sequences(engine, make_sequences(engine, requests, seed), tell))
-            if on_note is not None:
-                on_note(f"run {number + 1} of {options.runs}: {speed_text(records[-1])}")
-        runs = tuple(
-            run_of(engine, rates, requests, record, seed)
-            for record, seed in zip(records, seeds_of(options), strict=True)
-        )
-        trace, notes = traced(engine, engine.core.launcher, records[-1].log.steady_plans(options.trace), rates)
-        pipeline = json.loads(engine.pipeline.to_json())
-        return BenchResult(
-            kind=BenchKind.OFFLINE,
-            title=f"{engine.spec.name}, {requests.info.name}, {len(requests)} requests at once",
-            started_at=started_at,
-            command=command,
-            versions=environment.versions(),
-            machine=environment.machine_info(engine, rates),
-            model=environment.model_info(engine),
-            workload=requests.info,
-            series=(Series(engine.pipeline.name, runs, over_runs(runs), pipeline=pipeline, trace=trace),),
-            engine=environment.engine_options(engine.config),
-            seeds=tuple(seeds_of(options)),
-            notes=notes,
-        )
+        return [measure_offline(engine, rates, requests, options, command, listeners) for requests in workloads]
+
+
+def measure_offline(
+    engine: Engine,
+    rates: MachineRates,
+    requests: RequestSet,
+    options: OfflineOptions,
+    command: tuple[str, ...],
+    listeners: Listeners,
+) -> BenchResult:
+    """Warm up, run, trace: one workload on an idle engine."""
+    started_at = environment.now_text()
+    warm_up(engine, requests, options.warmup)
+    records: list[Record] = []
+    for number, seed in enumerate(seeds_of(options)):
+        name = f"{requests.info.name}, run {number + 1} of {options.runs}"
+        records.append(run_sequences(engine, make_sequences(engine, requests, seed), listeners.of(name)))
+        listeners.end(name, records[-1])
+    runs = tuple(
+        run_of(engine, rates, requests, record, seed) for record, seed in zip(records, seeds_of(options), strict=True)
+    )
+    trace, notes = traced(engine, engine.core.launcher, records[-1].log.steady_plans(options.trace), rates)
+    pipeline = json.loads(engine.pipeline.to_json())
+    return BenchResult(
+        kind=BenchKind.OFFLINE,
+        title=f"{engine.spec.name}, {requests.info.name}, {len(requests)} requests at once",
+        started_at=started_at,
+        command=command,
+        versions=environment.versions(),
+        machine=environment.machine_info(engine, rates),
+        model=environment.model_info(engine),
+        workload=requests.info,
+        series=(Series(engine.pipeline.name, runs, over_runs(runs), pipeline=pipeline, trace=trace),),
+        engine=environment.engine_options(engine.config),
+        seeds=tuple(seeds_of(options)),
+        notes=notes,
+    )
 
 
 def seeds_of(options: OfflineOptions) -> list[int]:
@@ -156,15 +190,3 @@ def traced(
     except Exception as error:
         _log.warning("operations were not traced", exc_info=True)
         return None, (f"operations were not traced: {type(error).__name__}: {error}",)
-
-
-def speed_text(record: Record) -> str:
-    """The throughput of a run that has just ended."""
-    work = record.work
-    return f"{(work.prompt_tokens + work.output_tokens) / record.elapsed_s:,.0f} tokens/s in {record.elapsed_s:.1f} s"
-
-
-def _telling(number: int, runs: int, on_progress: OnProgress | None) -> OnProgress | None:
-    if on_progress is None:
-        return None
-    return lambda done, total, word: on_progress(done, total, f"run {number + 1} of {runs}, {word}")

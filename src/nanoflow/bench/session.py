@@ -79,14 +79,18 @@ class Record:
     log: IterationLog
 
 
-def make_sequences(engine: Engine, requests: RequestSet, seed: int) -> list[EngineSequence]:
-    """Sequences of random tokens, temperature 1, end tokens ignored. `ConfigError` if one does not fit the engine."""
+def check_fits(engine: Engine, requests: RequestSet) -> None:
+    """Raise `ConfigError` if a request is longer than the engine serves."""
     longest = int((requests.prompt_tokens + requests.output_tokens).max())
     if longest > engine.submission.max_model_len:
         raise ConfigError(
-            f"the workload's longest request has {longest} tokens, but this engine serves "
+            f"the longest request of {requests.info.name} has {longest} tokens, but this engine serves "
             f"{engine.submission.max_model_len} in all; give --max-total-tokens or raise --max-model-len."
         )
+
+
+def make_sequences(engine: Engine, requests: RequestSet, seed: int) -> list[EngineSequence]:
+    """Sequences of random tokens, temperature 1, end tokens ignored; the requests fit the engine."""
     vocab_size = engine.spec.vocab_size
     found: list[EngineSequence] = []
     for index, n_output in enumerate(requests.output_tokens.tolist()):

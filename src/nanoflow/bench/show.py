@@ -8,6 +8,13 @@ from nanoflow.analysis.report import si
 from nanoflow.bench.numbers import RATIO, headline
 from nanoflow.bench.result import BenchKind, BenchResult, Bound, ClientOverhead, IterationTrace, Run, Series
 
+HITS = "hit_tokens_"
+
+
+def tier_hits(name: str) -> bool:
+    """Whether a number counts the hits of one tier."""
+    return name.startswith(HITS) and not name.endswith("_deviation")
+
 
 def lines_of(result: BenchResult) -> Iterator[str]:
     """What a result says, a line each."""
@@ -52,11 +59,13 @@ def series_lines(series: Series) -> Iterator[str]:
             f"{headline(series, 'decode_tokens_per_iteration')} decode tokens, "
             f"{series.numbers['preemptions']:.0f} preemptions"
         )
-    if "prefill_tokens_computed" in series.numbers:
+    if "hit_tokens" in series.numbers:
         names = ("elapsed_s", "prompt_tokens", "prefill_tokens_computed", "hit_tokens", "ttft_mean_s")
         elapsed, prompt, computed, hits, first = (headline(series, name) for name in names)
         yield f"  {elapsed} s, first token after {first} s"
-        yield f"  of {prompt} prompt tokens {computed} were computed, {hits} found in the cache"
+        tiers = [f"{name.removeprefix(HITS)} {n:,.0f}" for name, n in series.numbers.items() if tier_hits(name) and n]
+        where = f" ({', '.join(tiers)})" if tiers else ""
+        yield f"  of {prompt} prompt tokens {computed} were computed, {hits} found in the cache{where}"
     yield from (f"  {line}" for line in _power(series.runs))
     if series.runs and series.runs[-1].bounds:
         for number in range(len(series.runs[-1].bounds)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanoflow.cli import bench_options, options
@@ -14,7 +16,7 @@ from nanoflow.core.errors import ConfigError
 if TYPE_CHECKING:
     from nanoflow.bench.endpoint import Endpoint
     from nanoflow.bench.result import BenchResult, ModelInfo
-    from nanoflow.bench.workloads import Limits
+    from nanoflow.bench.workloads import Limits, RequestSet
 
 HELP = "measure throughput and latency, of this engine or of any OpenAI endpoint"
 LOG_LEVEL = "WARNING"
@@ -36,47 +38,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark, write its JSON, print its numbers."""
+    from nanoflow.bench.pages import page_of
     from nanoflow.bench.show import lines_of
 
-    if args.output is not None and args.output.is_dir():
-        args.output = args.output / f"{args.benchmark}.json"
-    result: BenchResult = args.bench(args)
-    if args.output is not None:
-        result.save(args.output)
-    if args.json:
-        print(result.to_json())
-        return 0
-    for line in lines_of(result):
-        print(line)
-    if args.output is not None:
-        print(f"written to {args.output}")
+    results: list[BenchResult] = args.bench(args)
+    files = [place_of(args.output, result, several=len(results) > 1) for result in results]
+    for result, file in zip(results, files, strict=True):
+        if file is not None:
+            result.save(file)
+        if args.json:
+            print(json.dumps(json.loads(result.to_json())))
+            continue
+        for line in lines_of(result):
+            print(line)
+        if file is not None:
+            print(f"written to {file}")
+    if args.page is not None:
+        write_text(args.page, page_of(results, files))
     return 0
 
 
-def run_offline(args: argparse.Namespace) -> BenchResult:
+def place_of(output: Path | None, result: BenchResult, *, several: bool) -> Path | None:
+    """The file of a result: the one named, or one in the folder named by what was measured."""
+    if output is None or (output.suffix == ".json" and not several):
+        return output
+    words = f"{result.model.name}_{result.kind}_{result.workload.name}"
+    return output.with_suffix("") / f"{re.sub(r'[^A-Za-z0-9_.~-]+', '-', words)}.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a page. Raises `ConfigError` if it cannot be."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the page cannot be written to {path}: {error}; choose another place.") from error
+
+
+def run_offline(args: argparse.Namespace) -> list[BenchResult]:
     """All requests at once, on this engine or at a URL."""
     from nanoflow.bench.environment import command_line
-    from nanoflow.bench.offline import OfflineOptions, run_offline
-    from nanoflow.bench.workloads import make_requests
+    from nanoflow.bench.offline import Listeners, OfflineOptions, run_offline
     from nanoflow.cli.progress import TaskBar
 
     config = engine_config(args)
     settings = OfflineOptions(args.runs, config.model.seed, args.warmup, args.trace)
-    requests = make_requests(args.workload, args.requests, seed=config.model.seed, limits=limits_of(args))
+    workloads = workloads_of(args, config.model.seed)
     show = sys.stderr.isatty()
     with TaskBar("benchmark", show=show) as bar:
         tell = bar.tasks if show else None
         if args.url is None:
-            return run_offline(config, requests, settings, command=command_line(), on_progress=tell, show_progress=show)
+            heard = Listeners(tell, note)
+            return run_offline(config, workloads, settings, command=command_line(), listeners=heard, show_progress=show)
         from nanoflow.bench.online_runs import offline_endpoint
 
-        endpoint, model, vocab_size = endpoint_of(args, config)
-        return offline_endpoint(
-            endpoint, model, vocab_size, requests, settings, command=command_line(), on_progress=tell
-        )
+        results = []
+        for requests in workloads:
+            endpoint, model, vocab_size = endpoint_of(args, config)
+            results.append(
+                offline_endpoint(
+                    endpoint, model, vocab_size, requests, settings, command=command_line(), on_progress=tell
+                )
+            )
+        return results
 
 
-def run_online(args: argparse.Namespace) -> BenchResult:
+def run_online(args: argparse.Namespace) -> list[BenchResult]:
     """A sweep over request rates, on this engine or at a URL."""
     from nanoflow.bench.environment import command_line
     from nanoflow.bench.online import OnlineOptions
@@ -102,21 +128,22 @@ def run_online(args: argparse.Namespace) -> BenchResult:
     with TaskBar("benchmark", show=show) as bar:
         tell = bar.tasks if show else None
         if args.url is None:
-            return online_in_process(config, settings, command=command_line(), on_progress=tell, show_progress=show)
+            return [online_in_process(config, settings, command=command_line(), on_progress=tell, show_progress=show)]
         endpoint, model, vocab_size = endpoint_of(args, config)
-        return online_endpoint(endpoint, model, vocab_size, settings, command=command_line(), on_progress=tell)
+        return [online_endpoint(endpoint, model, vocab_size, settings, command=command_line(), on_progress=tell)]
 
 
-def run_ablation(args: argparse.Namespace) -> BenchResult:
+def run_ablation(args: argparse.Namespace) -> list[BenchResult]:
     """Pipelines and loops on one engine, in turn; then engines with other options."""
     from nanoflow.bench.ablation import AblationOptions, run_ablation
     from nanoflow.bench.environment import command_line
-    from nanoflow.bench.workloads import make_requests
+    from nanoflow.bench.offline import Listeners
     from nanoflow.cli.progress import TaskBar
 
     config = engine_config(args)
+    workloads = workloads_of(args, config.model.seed)
     settings = AblationOptions(
-        workload=args.workload,
+        workload=named_workloads(args)[0],
         rounds=args.rounds,
         seed=config.model.seed,
         warmup=args.warmup,
@@ -126,14 +153,13 @@ def run_ablation(args: argparse.Namespace) -> BenchResult:
         tune=args.tune,
         compare={text: changes_of(text) for text in args.compare},
     )
-    requests = make_requests(args.workload, args.requests, seed=config.model.seed, limits=limits_of(args))
     show = sys.stderr.isatty()
     with TaskBar("benchmark", show=show) as bar:
-        tell = bar.tasks if show else None
-        return run_ablation(config, requests, settings, command=command_line(), on_progress=tell, show_progress=show)
+        heard = Listeners(bar.tasks if show else None, note)
+        return run_ablation(config, workloads, settings, command=command_line(), listeners=heard, show_progress=show)
 
 
-def run_multiround(args: argparse.Namespace) -> BenchResult:
+def run_multiround(args: argparse.Namespace) -> list[BenchResult]:
     """Conversations with and without reuse of their KV cache."""
     from nanoflow.bench.environment import command_line
     from nanoflow.bench.multiround import MultiroundOptions, run_multiround
@@ -154,9 +180,10 @@ def run_multiround(args: argparse.Namespace) -> BenchResult:
     show = sys.stderr.isatty()
     with TaskBar("benchmark", show=show) as bar:
         tell = bar.tasks if show else None
-        return run_multiround(
+        result = run_multiround(
             config, args.trace.stem, trace, settings, command=command_line(), on_progress=tell, show_progress=show
         )
+        return [result]
 
 
 def note(sentence: str) -> None:
@@ -211,6 +238,19 @@ def numbers_of(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{option} {text!r} must be numbers with commas between, such as 1,2,4.") from None
+
+
+def named_workloads(args: argparse.Namespace) -> list[str]:
+    """What `--workload` said, once or several times."""
+    return args.workload or [args.default_workload]
+
+
+def workloads_of(args: argparse.Namespace, seed: int) -> list[RequestSet]:
+    """The requests of every workload."""
+    from nanoflow.bench.workloads import make_requests
+
+    limits = limits_of(args)
+    return [make_requests(text, args.requests, seed=seed, limits=limits) for text in named_workloads(args)]
 
 
 def limits_of(args: argparse.Namespace) -> Limits:

@@ -13,7 +13,7 @@ def add_offline(parser: argparse.ArgumentParser) -> None:
     """All requests at once."""
     options.add_engine_options(parser)
     group = parser.add_argument_group("benchmark")
-    add_workload(group, "512/512")
+    add_workload(group, "512/512", several=True)
     group.add_argument("--requests", type=int, default=200, metavar="N", help="how many requests (default 200)")
     group.add_argument("--runs", type=int, default=3, metavar="N", help="measured repeats (default 3)")
     group.add_argument("--warmup", type=int, default=16, metavar="N", help="requests to run before (default 16)")
@@ -48,7 +48,7 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     """Variants in turn."""
     options.add_engine_options(parser)
     group = parser.add_argument_group("benchmark")
-    add_workload(group, "512/512")
+    add_workload(group, "512/512", several=True)
     group.add_argument("--requests", type=int, default=100, metavar="N", help="how many requests (default 100)")
     group.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
     group.add_argument("--warmup", type=int, default=8, metavar="N", help="requests to run before (default 8)")
@@ -83,10 +83,14 @@ def add_multiround(parser: argparse.ArgumentParser) -> None:
     add_output(group)
 
 
-def add_workload(group: argparse._ArgumentGroup, default: str) -> None:
-    """What is sent."""
-    known = f"{', '.join(BUILT_IN)}, IN/OUT tokens, MEAN~DEVIATION for either, or a .csv trace (default {default})"
-    group.add_argument("--workload", default=default, help=known)
+def add_workload(group: argparse._ArgumentGroup, default: str, *, several: bool = False) -> None:
+    """What is sent; `several` workloads may be run by one command."""
+    known = f"{', '.join(BUILT_IN)}, IN/OUT tokens, MEAN~DEVIATION for either, or a .csv trace (default {default}"
+    if several:
+        group.add_argument("--workload", action="append", metavar="W", help=f"{known}; repeatable)")
+        group.set_defaults(default_workload=default)
+    else:
+        group.add_argument("--workload", default=default, metavar="W", help=f"{known})")
     for side, text in (
         ("total", "leave out requests with more tokens, prompt and output together"),
         ("prompt", "leave out requests with a longer prompt"),
@@ -105,5 +109,8 @@ def add_endpoint(group: argparse._ArgumentGroup) -> None:
 
 def add_output(group: argparse._ArgumentGroup) -> None:
     """Where the result goes."""
-    group.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the result, raw samples and all, here")
-    group.add_argument("--json", action="store_true", help="print the result's JSON and nothing else")
+    group.add_argument(
+        "--output", "-o", type=Path, metavar="PLACE", help="write the raw results to this .json file, or into a folder"
+    )
+    group.add_argument("--page", type=Path, metavar="FILE.md", help="write a page with commands, table and text")
+    group.add_argument("--json", action="store_true", help="print the results' JSON, a line each, and nothing else")

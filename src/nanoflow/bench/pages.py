@@ -1,0 +1,86 @@
+"""Results as a Markdown page for people: commands, machine, versions, a table, and the terminal's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nanoflow.bench.environment import shown
+from nanoflow.bench.numbers import RATIO, headline
+from nanoflow.bench.result import BenchResult, Series
+from nanoflow.bench.show import lines_of
+
+NONE = "–"
+HEAD = (
+    "| workload | variant | requests | tokens/s | output tokens/s | of the first | batch fill "
+    "| of the bound: work done | of the bound: steady state | power | energy a token |"
+)
+
+
+def page_of(results: Sequence[BenchResult], files: Sequence[Path | None]) -> str:
+    """The whole page. `files` hold the raw results; None where they were not written."""
+    return "\n".join(_lines(results, files)) + "\n"
+
+
+def _lines(results: Sequence[BenchResult], files: Sequence[Path | None]) -> Iterator[str]:
+    first = results[0]
+    yield f"# {first.model.name} on {first.machine.name}: {first.kind}"
+    yield ""
+    yield f"{first.started_at}; {first.model.dtype}; {first.target}; " + ", ".join(
+        f"{name} {version}" for name, version in first.versions.items()
+    )
+    yield ""
+    for command in dict.fromkeys(result.command for result in results):
+        yield f"    {shown(command)}"
+    yield ""
+    yield HEAD
+    yield "|" + "---|" * HEAD.count(" | ") + "---|"
+    for result in results:
+        yield from (_row(result, series) for series in result.series if series.runs)
+    yield ""
+    left_out = {
+        f"{series.name}: {series.not_applicable}"
+        for result in results
+        for series in result.series
+        if series.not_applicable
+    }
+    yield from (f"Not applicable: {reason}." for reason in sorted(left_out))
+    yield from (f"Note: {note}." for result in results for note in result.notes)
+    yield "Numbers are mean ± sample deviation over the runs; docs/benchmarks.md defines them."
+    for result, file in zip(results, files, strict=True):
+        yield ""
+        yield f"## {result.workload.name}" + (f" ([raw result]({file.name}))" if file is not None else "")
+        yield ""
+        yield from (f"    {line}" for line in lines_of(result))
+
+
+def _row(result: BenchResult, series: Series) -> str:
+    energies = [run.energy for run in series.runs if run.energy is not None]
+    power = token = NONE
+    if energies:
+        power = f"{sum(energy.mean_power_w for energy in energies) / len(energies):.0f} W"
+        token = f"{sum(energy.mj_per_token for energy in energies) / len(energies):.2f} mJ"
+    cells = [
+        result.workload.name,
+        series.name,
+        str(result.workload.n_requests),
+        *(_number(series, name) for name in ("tokens_per_s", "output_tokens_per_s", RATIO)),
+        _number(series, "batch_fill_percent", " %"),
+        _percent(series, 0),
+        _percent(series, 1),
+        power,
+        token,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(series: Series, name: str, unit: str = "") -> str:
+    return headline(series, name) + unit if name in series.numbers else NONE
+
+
+def _percent(series: Series, number: int) -> str:
+    """Percent of one bound, mean over the runs, with the bound's resource."""
+    bounds = [run.bounds[number] for run in series.runs if len(run.bounds) > number]
+    if not bounds:
+        return NONE
+    return f"{sum(bound.percent_of_bound for bound in bounds) / len(bounds):.1f} % ({bounds[0].limit})"
