@@ -212,11 +212,15 @@ def test_a_restarted_server_goes_on(tmp_path: Path) -> None:
 def test_another_model_leaves_the_batch_for_later(tmp_path: Path) -> None:
     with running_server(FakeEngine(delay_s=0.01), data_dir=str(tmp_path)) as server, server.openai() as client:
         batch = create(client, *(chat_line(f"q{i}", 50) for i in range(9)))
+        wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
     other = FakeEngine()
     other.config = other.config.with_options("model", seed=5)
     with running_server(other, data_dir=str(tmp_path)) as server, server.openai() as client:
         time.sleep(0.1)
-        assert client.batches.retrieve(batch.id).status in ("validating", "in_progress")
+        waiting = client.batches.retrieve(batch.id)
+        assert waiting.status in ("validating", "in_progress")
+        assert waiting.request_counts is not None
+        assert waiting.request_counts.total == 9
         assert not other.streams
     with running_server(FakeEngine(), data_dir=str(tmp_path)) as server, server.openai() as client:
         assert ended(client, batch).status == "completed"

@@ -190,6 +190,7 @@ class BatchService:
         finally:
             self._job = None
             job.close()
+            self.store().save_batch(self.find(batch_id) | progress(job.survey.n_requests, job.counts))
 
     async def _open(self, batch_id: str, input_file_id: str) -> BatchJob:
         stop = False
