@@ -80,7 +80,7 @@ def test_page_is_whole_and_every_reference_resolves(tmp_path: Path) -> None:
     assert len(checker.ids) == len(set(checker.ids))
     assert set(checker.references) <= set(checker.ids)
     assert [key for key in checker.ids if key in KEYS] == KEYS
-    assert checker.tags["title"] > 14 and checker.tags["table"] >= 10
+    assert checker.tags["title"] > 14 and checker.tags["table"] >= 8 and checker.tags["dl"] == 6
 
 
 def test_page_loads_nothing(tmp_path: Path) -> None:

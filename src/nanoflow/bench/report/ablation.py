@@ -79,4 +79,4 @@ def _table(result: BenchResult) -> Table:
         ratio = _ratio_text(result, series).removeprefix(", ") or "1"
         rows.append((series.name, value_text(series, "tokens_per_s"), ratio, shape, str(len(series.runs))))
     caption = f"{workload_label(result)}: tokens/s, mean ± deviation over the runs."
-    return Table(caption, ("variant", "tokens/s", "to sequential", "nano-operations on lanes", "runs"), tuple(rows))
+    return Table(caption, ("variant", "tokens/s", "ratio", "operations on lanes", "runs"), tuple(rows))

@@ -63,4 +63,5 @@ def _row_html(table: Table, row: tuple[str, ...]) -> str:
         f'<td role="cell" data-label="{escape(name)}">{escape(text)}</td>'
         for name, text in zip(table.columns[1:], row[1:], strict=True)
     )
-    return f'<tr role="row"><th scope="row" role="rowheader">{escape(row[0])}</th>{cells}</tr>'
+    label = f'data-label="{escape(table.columns[0])}"'
+    return f'<tr role="row"><th scope="row" role="rowheader" {label}>{escape(row[0])}</th>{cells}</tr>'

@@ -13,8 +13,8 @@ from nanoflow.analysis.report import si
 from nanoflow.analysis.svg.axis import number
 from nanoflow.analysis.svg.canvas import STRIPES, theme
 from nanoflow.bench.report.ablation import ablation, baseline
-from nanoflow.bench.report.figure import Figure, Missing, Section, Table, percent
-from nanoflow.bench.report.html import missing_html, section_html, table_html, text_html
+from nanoflow.bench.report.figure import Figure, Missing, Section, percent
+from nanoflow.bench.report.html import missing_html, section_html, text_html
 from nanoflow.bench.report.latency import latency
 from nanoflow.bench.report.pipelines import gantt, resource_use
 from nanoflow.bench.report.reuse import reuse
@@ -140,8 +140,9 @@ def _source(result: BenchResult) -> str:
     ]
     command = f"<pre><code>{escape(shlex.join(result.command))}</code></pre>" if result.command else ""
     notes = "".join(f'<p class="soft">{text_html(note)}</p>' for note in result.notes)
-    table = table_html(Table(result.title, ("what", "value"), tuple(rows)))
-    return f"<details><summary>{escape(result.kind)}: {escape(result.title)}</summary>{command}{notes}{table}</details>"
+    facts = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows)
+    summary = f"<summary>{escape(result.kind)}: {escape(result.title)}</summary>"
+    return f'<details>{summary}{command}{notes}<dl class="facts">{facts}</dl></details>'
 
 
 def _machine(result: BenchResult) -> str:

@@ -54,7 +54,8 @@ def roofline(results: Sequence[BenchResult]) -> Section:
     lead = (
         f"{rates.name}, {rates.dtype}, {'measured' if rates.measured else 'published'} rates: "
         f"{number(rates.flops_per_s / 1e9)} GFLOP/s and {number(rates.mem_bytes_per_s / 1e9)} GB/s. Round dots are "
-        "operations of a traced iteration, square ones whole runs (the fastest of each result); the height below the roof is what is left to gain."
+        "operations of a traced iteration, square ones whole runs (the fastest of each result); the height below the "
+        "roof is what is left to gain."
     )
     rows = tuple(
         (f"{index} {point.name}", number(point.intensity), number(point.flops_per_s / 1e9),
