@@ -135,19 +135,20 @@ def _find(
 def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed: int) -> Run:
     record, columns = rounds.record, rounds.columns()
     work, elapsed = record.work, record.elapsed_s
-    hits = float(sum(int(value or 0) for value in columns["cached_tokens"]))
+    hits = sum(int(value or 0) for value in columns["cached_tokens"])
     numbers = {
         "elapsed_s": elapsed,
         "rounds": float(len(record.sequences)),
         "prompt_tokens": float(talks.prompt_tokens),
         "prefill_tokens_computed": float(work.prompt_tokens),
-        "hit_tokens": hits,
+        "hit_tokens": float(hits),
         "output_tokens": float(work.output_tokens),
         "tokens_per_s": (talks.prompt_tokens + work.output_tokens) / elapsed,
         "output_tokens_per_s": work.output_tokens / elapsed,
         "recomputed_tokens": float(work.recomputed_tokens),
         "preemptions": float(record.preemptions),
-    } | latency_numbers(columns)
+    }
+    numbers |= {f"hit_tokens_{tier}": float(n) for tier, n in rounds.hit_tokens.items()} | latency_numbers(columns)
     return Run(
         seed=seed,
         elapsed_s=elapsed,

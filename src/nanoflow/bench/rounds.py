@@ -35,9 +35,13 @@ class _Talk:
 
 @dataclass(frozen=True)
 class RoundsRecord:
-    """A finished run: the engine's record, and for each sequence its conversation, its turn and when it was due."""
+    """A finished run: the engine's record, and for each sequence its conversation, its turn and when it was due.
+
+    `hit_tokens` are prompt tokens found in the cache, by the tier that held them.
+    """
 
     record: Record
+    hit_tokens: dict[str, int]
     conversation: tuple[int, ...]
     turn: tuple[int, ...]
     due_s: tuple[float, ...]
@@ -107,8 +111,9 @@ class Conversing:
         energy = None if energy_before is None or energy_after is None else energy_after - energy_before
         work = after.work - before.work
         record = Record(self._sequences, started, elapsed, work, energy, after.preemptions - before.preemptions, log)
+        hits = {tier: n - before.kv_hit_tokens.get(tier, 0) for tier, n in after.kv_hit_tokens.items()}
         conversation, turn, due = zip(*self._notes, strict=True)
-        return RoundsRecord(record, conversation, turn, due)
+        return RoundsRecord(record, hits, conversation, turn, due)
 
     def _begin(self, now: float) -> None:
         if self._waiting:
