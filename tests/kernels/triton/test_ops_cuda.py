@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed (it is in the dev extra)")
 
 from nanoflow.device import green
+from nanoflow.device.cuda import CudaLane
 from nanoflow.kernels.triton import gemm_bulk, launch
 from nanoflow.kernels.triton.backend import TritonKernels
 from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved
@@ -227,11 +228,15 @@ def test_a_lane_tells_its_multiprocessors(kernels: TritonKernels) -> None:
     whole = launch.lane_sms(torch.device("cuda"))
     assert whole == torch.cuda.get_device_properties(0).multi_processor_count
     part = green.split([32 / whole])[0]
+    lane = CudaLane("part", 32 / whole, part.stream(), part.n_sms)
+
+    def work(_: None) -> None:
+        assert launch.lane_sms(torch.device("cuda")) == part.n_sms == 32
+        ops_cases.check_linear_silu_mul(kernels, "cuda", BF16, (2048, 14336, 4096))
+        torch.cuda.synchronize()
+
     try:
-        with torch.cuda.stream(part.stream()):
-            assert launch.lane_sms(torch.device("cuda")) == part.n_sms == 32
-            ops_cases.check_linear_silu_mul(kernels, "cuda", BF16, (2048, 14336, 4096))
-            torch.cuda.synchronize()
+        lane.run(work, None)
     finally:
         part.close()
 

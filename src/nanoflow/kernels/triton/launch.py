@@ -1,16 +1,13 @@
-"""What every launch of this backend needs to know: the lane's multiprocessors, powers of two, and the interpreter.
-
-A lane is a CUDA stream, perhaps over a part of the card (a green context). Grids of persistent kernels are the lane's
-multiprocessors, so the stream itself is asked, when the launch is issued or captured: no state beside it can disagree.
-"""
+"""What every launch of this backend needs to know: the lane's multiprocessors, powers of two, and the interpreter."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
+
+from nanoflow.device import cuda
 
 
 def is_interpreted() -> bool:
@@ -37,28 +34,5 @@ def device_sms(device: torch.device) -> int:
 
 
 def lane_sms(device: torch.device) -> int:
-    """Multiprocessors that launches on the current stream of `device` can use."""
-    if device.type != "cuda":
-        return device_sms(device)
-    return _stream_sms(torch.cuda.current_stream(device).cuda_stream) or device_sms(device)
-
-
-def _stream_sms(stream: int) -> int | None:
-    """Multiprocessors of a stream's green context; None where it has none or the driver's bindings are missing."""
-    driver = _driver()
-    if driver is None or stream == 0:
-        return None
-    error, green = driver.cuStreamGetGreenCtx(driver.CUstream(stream))
-    if int(error) != 0 or int(green) == 0:
-        return None
-    error, resource = driver.cuGreenCtxGetDevResource(green, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)
-    return int(resource.sm.smCount) if int(error) == 0 else None
-
-
-@functools.cache
-def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError:
-        return None
-    return driver if hasattr(driver, "cuStreamGetGreenCtx") else None
+    """Multiprocessors that launches of this thread can use now: those of its lane, else the device's."""
+    return cuda.lane_sms() if device.type == "cuda" else device_sms(device)
