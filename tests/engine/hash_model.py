@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,10 @@ from nanoflow.core.request import Request
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.scheduler import SchedulerLimits
 from nanoflow.engine.sequence import Sequence
+from nanoflow.kvcache.mover import MoverStats
 
 EOS = 0
+SPOILT = -5
 
 
 def next_token(tokens: np.ndarray, vocab: int) -> int:
@@ -107,14 +110,65 @@ class HashModel:
             assert len(set(plan.token_slots[rows].tolist())) == 1
 
 
-class HashMover:
-    """Copies pages of a `HashModel` at once, which keeps the order of launches."""
+class LateTransfer:
+    """A copy that is made when it ends, after some polls: whoever uses its pages before shows in a text."""
 
-    def __init__(self, model: HashModel) -> None:
+    def __init__(self, n_pages: int, delay: int, copy: Callable[[], None] | None) -> None:
+        self._whole = np.full(n_pages, copy is not None)
+        self._delay = delay
+        self._copy = copy
+
+    def poll(self) -> bool:
+        self._delay -= 1
+        if self._delay < 0 and self._copy is not None:
+            self._copy()
+            self._copy = None
+        return self._delay < 0
+
+    def result(self) -> np.ndarray:
+        self._delay = 0
+        self.poll()
+        return self._whole
+
+
+class HashMover:
+    """Copies pages of a `HashModel`, in the order of its launches. Copies to and from a pool end `delay` polls late."""
+
+    pins = False
+
+    def __init__(self, model: HashModel, delay: int = 0) -> None:
         self._pages = model.memory.reshape(model.limits.n_pages, model.limits.page_tokens)
-        self.copied = 0
+        self.page_bytes = self._pages[0].nbytes
+        self.stats = MoverStats()
+        self.delay = delay
+        self.failing = False
+
+    def pin(self, memory: np.ndarray) -> None:
+        """Nothing to lock."""
+
+    def attach(self, pool: np.ndarray) -> None:
+        self._pool = pool
 
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
         assert len(set(targets.tolist())) == len(targets)
         self._pages[targets] = self._pages[sources]
-        self.copied += len(targets)
+
+    def offload(self, pages: np.ndarray, slots: np.ndarray) -> LateTransfer:
+        assert len(pages) == len(slots) == len(set(slots.tolist()))
+
+        def copy() -> None:
+            self._pool[slots] = self._pages[pages].view(np.uint8)
+
+        self.stats.offloaded_bytes += len(pages) * self.page_bytes
+        return LateTransfer(len(pages), self.delay, None if self.failing else copy)
+
+    def reload(self, slots: np.ndarray, pages: np.ndarray) -> LateTransfer:
+        assert len(pages) == len(slots) == len(set(pages.tolist()))
+        self._pages[pages] = SPOILT
+
+        def copy() -> None:
+            assert (self._pages[pages] == SPOILT).all(), "pages were used while they were being loaded"
+            self._pages[pages] = self._pool[slots].view(np.int32)
+
+        self.stats.reloaded_bytes += len(pages) * self.page_bytes
+        return LateTransfer(len(pages), self.delay, None if self.failing else copy)
