@@ -30,7 +30,8 @@ import numpy as np
 from engine_overhead import MODEL, NullModel, TimedScheduler, Times, _milliseconds
 
 from nanoflow.analysis.work import WorkCounter, iteration_work
-from nanoflow.batch.job import BatchJob, JobPaths
+from nanoflow.batch.job import BatchJob
+from nanoflow.batch.paths import JobPaths
 from nanoflow.batch.runner import BatchRunner, RunLimits
 from nanoflow.batch.status import read_status
 from nanoflow.core.config import EngineConfig

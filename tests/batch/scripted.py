@@ -14,10 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanoflow.batch.job import BatchJob, JobPaths
+from nanoflow.batch.counts import TokenCounts
+from nanoflow.batch.job import BatchJob
 from nanoflow.batch.lines import BatchRequest
 from nanoflow.batch.order import prefix_key
-from nanoflow.batch.responder import Prepared, Response, TokenCounts
+from nanoflow.batch.paths import JobPaths
+from nanoflow.batch.responder import Prepared, Response
 from nanoflow.batch.runner import BatchRunner, RunLimits
 
 IDENTITY = {"model": "scripted"}

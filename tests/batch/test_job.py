@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nanoflow.batch import lines as lines_module
-from nanoflow.batch.job import BatchJob, JobPaths, OutputError
+from nanoflow.batch.job import BatchJob, OutputError
+from nanoflow.batch.paths import JobPaths
 from nanoflow.batch.responder import Response
 from nanoflow.batch.status import duration, read_status
 from nanoflow.core.errors import ConfigError

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 import nanoflow
-from nanoflow.batch.job import BatchJob, JobPaths
-from nanoflow.batch.responder import Response, TokenCounts
+from nanoflow.batch.counts import TokenCounts
+from nanoflow.batch.job import BatchJob
+from nanoflow.batch.paths import JobPaths
+from nanoflow.batch.responder import Response
 from nanoflow.batch.status import read_status
 from nanoflow.core.errors import ConfigError
 from tests.batch.scripted import IDENTITY, ScriptedResponder, answers, read_lines, request, run_job, write_input

@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow.batch.job import BatchJob, JobPaths
+from nanoflow.batch.job import BatchJob
+from nanoflow.batch.paths import JobPaths
 from nanoflow.batch.responder import Response
 from tests.batch.scripted import IDENTITY, answers, read_lines, request, run_job, write_input
 

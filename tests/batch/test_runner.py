@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoflow.batch.job import BatchJob, JobPaths
+from nanoflow.batch.job import BatchJob
 from nanoflow.batch.order import MIN_SHARED_TOKENS, ordered, prefix_key
+from nanoflow.batch.paths import JobPaths
 from nanoflow.batch.responder import Prepared, Response
 from nanoflow.batch.runner import BatchRunner, RunLimits
 from nanoflow.batch.survey import RepeatedIds, survey

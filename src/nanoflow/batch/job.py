@@ -13,13 +13,14 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanoflow.batch.counts import NO_TOKENS, Checkpoint, Counts, TokenCounts
 from nanoflow.batch.journal import Journal, write_all
 from nanoflow.batch.outcomes import answer_line, cut, failure_line, outcomes_after
-from nanoflow.batch.responder import NO_TOKENS, Response, TokenCounts
+from nanoflow.batch.paths import JobPaths
+from nanoflow.batch.responder import Response
 from nanoflow.batch.survey import Survey, fingerprint, survey
 from nanoflow.core.errors import ConfigError, NanoflowError
 
@@ -29,63 +30,6 @@ _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 class OutputError(NanoflowError, OSError):
     """An answer could not be written (a full disk); everything before it is kept."""
-
-
-@dataclass(frozen=True)
-class JobPaths:
-    """The four files of a job."""
-
-    input: Path
-    output: Path
-    errors: Path
-    journal: Path
-
-    @classmethod
-    def beside(cls, input_: Path, output: Path, errors: Path | None = None) -> JobPaths:
-        """`OUT.jsonl` has `OUT.errors.jsonl` and `OUT.jsonl.journal` beside it. Raises `ConfigError` if two are one."""
-        errors = output.with_name(f"{output.stem}.errors{output.suffix}") if errors is None else errors
-        paths = cls(input_, output, errors, output.with_name(output.name + ".journal"))
-        names = [paths.input, paths.output, paths.errors, paths.journal]
-        if len({path.absolute() for path in names}) < len(names):
-            raise ConfigError("input, output and error file must be three different files; rename one.")
-        return paths
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a job has done so far, over all its runs."""
-
-    answered: int = 0
-    failed: int = 0
-    tokens: TokenCounts = NO_TOKENS
-
-    @property
-    def done(self) -> int:
-        return self.answered + self.failed
-
-    def plus(self, failed: bool, tokens: TokenCounts) -> Counts:
-        """With one request more."""
-        return Counts(self.answered + (not failed), self.failed + failed, self.tokens + tokens)
-
-    def to_list(self) -> list[int]:
-        """For the journal; `of_list` reads it."""
-        return [self.answered, self.failed, self.tokens.prompt, self.tokens.output, self.tokens.cached]
-
-    @classmethod
-    def of_list(cls, values: list[int]) -> Counts:
-        """What `to_list` made."""
-        return cls(values[0], values[1], TokenCounts(*values[2:]))
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a journal record will say; made at one moment, written later."""
-
-    lines: list[int]
-    output_bytes: int
-    error_bytes: int
-    counts: Counts
-    seconds: float
 
 
 class BatchJob:
@@ -167,7 +111,7 @@ class BatchJob:
         try:
             os.fsync(self._output_fd)
             os.fsync(self._error_fd)
-            self._journal.append(_done_record(checkpoint))
+            self._journal.append(checkpoint.record())
         except OSError as error:
             self._unsaved = checkpoint.lines + self._unsaved
             raise OutputError(f"cannot write {self.paths.journal}: {error.strerror}; then run it again.") from error
@@ -257,17 +201,6 @@ class BatchJob:
                 self._error_bytes = end
             else:
                 self._output_bytes = end
-
-
-def _done_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "kind": "done",
-        "lines": checkpoint.lines,
-        "bytes": [checkpoint.output_bytes, checkpoint.error_bytes],
-        "counts": checkpoint.counts.to_list(),
-        "seconds": round(checkpoint.seconds, 3),
-        "at": time.time(),
-    }
 
 
 def _new(

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow.batch.responder import Response, TokenCounts
+from nanoflow.batch.counts import TokenCounts
+from nanoflow.batch.responder import Response
 from nanoflow.core.errors import ConfigError
 
 _dumps = json.JSONEncoder(separators=(",", ":")).encode

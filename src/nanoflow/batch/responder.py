@@ -8,25 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from nanoflow.batch.counts import NO_TOKENS, TokenCounts
 from nanoflow.batch.lines import BatchRequest
 
 KEY_TOKENS = 2048
 """Prompt tokens that ordering looks at."""
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens of one answer or of many. `cached` of the `prompt` came from the KV cache."""
-
-    prompt: int = 0
-    output: int = 0
-    cached: int = 0
-
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(self.prompt + other.prompt, self.output + other.output, self.cached + other.cached)
-
-
-NO_TOKENS = TokenCounts()
 
 
 @dataclass(frozen=True)

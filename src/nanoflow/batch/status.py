@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nanoflow.batch.job import Counts
+from nanoflow.batch.counts import Counts
 from nanoflow.batch.journal import is_locked, read_records
+from nanoflow.batch.paths import journal_of
 from nanoflow.core.errors import ConfigError
 
 State = Literal["running", "interrupted", "finished"]
@@ -72,7 +73,7 @@ class JobStatus:
 
 def read_status(output: Path) -> JobStatus:
     """The status of the job that writes `output`. Raises `ConfigError` if there is none."""
-    journal = output.with_name(output.name + ".journal")
+    journal = journal_of(output)
     if not journal.exists():
         raise ConfigError(f"{output} has no journal ({journal.name}) beside it; name the output file of a batch job.")
     header: dict[str, Any] | None = None

@@ -58,7 +58,8 @@ def run_job(args: argparse.Namespace) -> int:
     options.check_positive("window", args.window)
     if args.in_flight is not None:
         options.check_positive("in_flight", args.in_flight)
-    from nanoflow.batch.job import BatchJob, JobPaths
+    from nanoflow.batch.job import BatchJob
+    from nanoflow.batch.paths import JobPaths
     from nanoflow.batch.status import read_status
     from nanoflow.cli.batch_progress import SurveyCounter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from nanoflow.batch.job import Counts
+from nanoflow.batch.counts import Counts
 from nanoflow.server.errors import bad_request
 from nanoflow.server.parsing import parse
 from nanoflow.server.protocol import StrictModel

@@ -6,9 +6,10 @@ import difflib
 from collections.abc import Mapping
 from uuid import uuid4
 
+from nanoflow.batch.counts import TokenCounts
 from nanoflow.batch.lines import BatchRequest
 from nanoflow.batch.order import prefix_key
-from nanoflow.batch.responder import Prepared, Response, TokenCounts
+from nanoflow.batch.responder import Prepared, Response
 from nanoflow.core.errors import EngineDeadError, QueueFullError
 from nanoflow.server.config import ServerConfig
 from nanoflow.server.delivery import whole_answer

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from nanoflow.batch.job import BatchJob, Counts, JobPaths
+from nanoflow.batch.counts import Counts
+from nanoflow.batch.job import BatchJob
+from nanoflow.batch.paths import JobPaths
 from nanoflow.batch.runner import BatchRunner, RunLimits
 from nanoflow.batch.status import read_status
 from nanoflow.core import env
