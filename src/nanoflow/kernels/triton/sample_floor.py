@@ -20,6 +20,8 @@ from nanoflow.kernels.triton import launch
 _EMPTY_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Low bits of a float32 that are zero in every value of a type."""
 _BLOCK = 4096
+_BLOCK_ALONE = 8192
+"""Tokens a step where each row has a multiprocessor to itself."""
 
 
 @triton.jit
@@ -129,7 +131,8 @@ def row_floors(logits_sv: Tensor, temperature_s: Tensor, top_k_s: Tensor, top_p_
     """float32 (S): rows keep the tokens whose logit is at least this; -inf where they keep all, or are greedy."""
     n_rows, n_vocab = logits_sv.shape
     floors = torch.empty(n_rows, dtype=torch.float32, device=logits_sv.device)
-    block = min(_BLOCK, launch.pow2(n_vocab))
+    few = n_rows <= launch.device_sms(logits_sv.device)
+    block = min(_BLOCK_ALONE if few else _BLOCK, launch.pow2(n_vocab))
     _row_floor[(n_rows,)](
         logits_sv,
         logits_sv.stride(0),
@@ -141,6 +144,6 @@ def row_floors(logits_sv: Tensor, temperature_s: Tensor, top_k_s: Tensor, top_p_
         n_vocab,
         EMPTY_BITS=_EMPTY_BITS[logits_sv.dtype],
         BLOCK=block,
-        num_warps=max(1, min(16, block // 256)),
+        num_warps=max(1, min(32, block // 256)),
     )
     return floors
