@@ -20,15 +20,17 @@ from nanoflow.engine import profiling, tuned
 from nanoflow.engine.build import Engine, build_engine
 from nanoflow.engine.resolve import open_device
 from nanoflow.engine.stage import Stage, open_stage
-from nanoflow.engine.tune import TuneLimits, check_profile, find_contenders, tune, tuning_key
-from nanoflow.engine.verification import verify
+from nanoflow.engine.tune import TuneLimits, check_profile, find_contenders, mean_layer_us, tune, tuning_key
+from nanoflow.engine.verification import Contender, verify
 from nanoflow.engine.workbench import Workbench, open_workbench
 from nanoflow.models.state import NanoBatch
-from nanoflow.pipeline.baselines import nano_batches
+from nanoflow.pipeline.baselines import nano_batches, sequential
 from nanoflow.pipeline.graph import layer_graph
-from nanoflow.pipeline.pipeline import Pipeline
+from nanoflow.pipeline.pipeline import LaneSpec, NanoOp, Pipeline
 from nanoflow.pipeline.plot import measured_timeline
+from nanoflow.pipeline.timeline import predict
 from nanoflow.profiling import profiler
+from nanoflow.search.problem import RowMix
 from tests.profiling.conftest import write_tiny_config
 
 DENSE_BATCH = 64
@@ -135,6 +137,45 @@ def test_lanes_that_overlap_give_the_predicted_time_and_the_overlapped_pipeline_
     assert abs(winner.prediction_error) < 0.05
     assert winner.layer_us < 0.92 * sequential.layer_us
     assert winner.high < 1.0
+    assert all(abs(one.prediction_error) < 0.05 for one in verdict.measured)
+
+
+def test_a_lagging_nano_batch_takes_the_predicted_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of one half beside the other half's feed-forward of the layer before, on lanes that really overlap."""
+    monkeypatch.setitem(COST_US, Op.PREFILL_ATTENTION, COST_US[Op.DECODE_ATTENTION])
+    folder = write_tiny_config(tmp_path / "deep")
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**shape, "num_hidden_layers": 5}))
+    bench = open_workbench(config(folder), WORKLOAD)
+    assert bench.mix.n_decode == DENSE_BATCH // 2
+    attention, feed_forward = (Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION), (Op.GATE_UP, Op.DOWN)
+
+    def half(start: int, *ops: Op, behind: int = 0) -> list[NanoOp]:
+        lanes = {op: "memory-0.5" if op in attention else "compute-0.5" for op in ops}
+        return [NanoOp(op, start, start + 32, lane, behind=behind) for op, lane in lanes.items()]
+
+    ops = [*half(0, Op.QKV, *attention), *half(32, *feed_forward, behind=1), *half(0, Op.O)]
+    ops += [*half(32, Op.QKV, *attention), *half(0, *feed_forward), *half(32, Op.O)]
+    lagging = Pipeline("lagging", DENSE_BATCH, (LaneSpec("compute-0.5", 0.5), LaneSpec("memory-0.5", 0.5)), tuple(ops))
+    graph, mix = layer_graph(bench.spec), RowMix(DENSE_BATCH, bench.mix.n_decode)
+
+    def cost(nano: NanoOp, share: float) -> float:
+        tokens = int(mix.tokens(nano.op, nano.start, nano.stop))
+        return cost_us(bench, nano.op, tokens) / (HALF[RESOURCE[nano.op]] if share < 1 else 1.0)
+
+    contenders = [
+        Contender(one, mean_layer_us(predict(one, graph, cost), bench.spec.n_layers))
+        for one in (sequential(graph, DENSE_BATCH), lagging)
+    ]
+    stage = sleeping_stage(bench)
+    try:
+        for _ in range(ATTEMPTS):
+            verdict = verify(contenders, stage.measure, rounds=3)
+            if all(abs(one.prediction_error) < 0.05 for one in verdict.measured):
+                break
+    finally:
+        stage.close()
+        bench.device.close()
     assert all(abs(one.prediction_error) < 0.05 for one in verdict.measured)
 
 
