@@ -10,10 +10,13 @@ power. Causal FLOPs are counted, that is half of the square. A lane of N multipr
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ from nanoflow.kernels.triton.prefill_attention import prefill_attention
 from nanoflow.kernels.triton.work_lists import DecodePlanner, PrefillPlanner
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-SUSTAIN_S = 1.0
+SUSTAIN_S = 1.5
 DECODE_SWEEP = [
     *(DecodeShape(64, 4, stages, blocks) for stages, blocks in ((2, 4), (2, 5), (3, 4), (3, 5), (3, 10))),
     *(DecodeShape(64, 4, stages, blocks) for stages, blocks in ((4, 3), (5, 2))),
@@ -38,10 +41,9 @@ DECODE_SWEEP = [
     DecodeShape(128, 4, 3, 3),
 ]
 BULK_SWEEP = [
-    *(DecodeShape(32, 1, stages, blocks, bulk=True) for stages, blocks in ((3, 4), (2, 6), (6, 2), (2, 4), (4, 3))),
-    *(DecodeShape(16, 1, stages, blocks, bulk=True) for stages, blocks in ((3, 8), (4, 6), (2, 12), (6, 4), (2, 8))),
-    *(DecodeShape(64, 1, stages, blocks, bulk=True) for stages, blocks in ((3, 2), (2, 3))),
-    DecodeShape(32, 1, 3, 8, bulk=True),
+    *(DecodeShape(16, 1, 2, blocks, bulk=True) for blocks in (4, 5, 6, 8, 12)),
+    *(DecodeShape(16, 1, 3, blocks, bulk=True) for blocks in (4, 6, 8)),
+    *(DecodeShape(32, 1, 2, blocks, bulk=True) for blocks in (3, 4, 6)),
 ]
 PREFILL_SWEEP = [
     layout.prefill_shape(HEAD_DIM, bulk=True),
@@ -124,13 +126,18 @@ def green_stream(n_sms: int) -> tuple[torch.cuda.Stream, int]:
     return torch.cuda.ExternalStream(int(stream)), groups[0].sm.smCount
 
 
-def power_w() -> float:
-    """What the card draws now."""
-    return torch.cuda.power_draw() / 1e3
+def mean_power_w(seconds: float) -> float:
+    """What the card draws, sampled over the last half of the next `seconds`."""
+    time.sleep(seconds / 2)
+    samples = []
+    for _ in range(8):
+        samples.append(torch.cuda.power_draw() / 1e3)
+        time.sleep(seconds / 20)
+    return statistics.mean(samples)
 
 
 def measure(run: Callable[[], None], stream: torch.cuda.Stream, sustain_s: float) -> tuple[float, float, float]:
-    """Seconds of one call: burst and sustained (0 if not asked for), and the power at the end of the latter."""
+    """Seconds of one call: burst and sustained (0 if not asked for), and the mean power in the latter."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         run()
@@ -154,19 +161,27 @@ def measure(run: Callable[[], None], stream: torch.cuda.Stream, sustain_s: float
         for _ in range(n_replays):
             graph.replay()
         end.record(stream)
-        time.sleep(0.7 * sustain_s)
-        watts = power_w()
+        watts = mean_power_w(sustain_s)
         stream.synchronize()
     return burst, begin.elapsed_time(end) / 1e3 / n_replays, watts
 
 
-def report(name: str, amount: float, unit: str, times: tuple[float, float, float]) -> None:
-    """One line: `amount` in units of 1e9 (GB) or 1e12 (TFLOP) a call."""
+def report(name: str, amount: float, unit: str, times: tuple[float, float, float]) -> dict[str, object]:
+    """Print one line and return its numbers: `amount` in units of 1e9 (GB) or 1e12 (TFLOP) a call."""
     burst, sustained, watts = times
     line = f"{name:58} {burst * 1e6:9.1f} us {amount / burst:8.1f} {unit}/s"
     if sustained:
         line += f"   sustained {sustained * 1e6:9.1f} us {amount / sustained:8.1f} {unit}/s {watts:4.0f} W"
     print(line, flush=True)
+    return {
+        "case": name,
+        "unit": f"{unit}/s",
+        "burst_us": burst * 1e6,
+        "burst_rate": amount / burst,
+        "sustained_us": sustained * 1e6,
+        "sustained_rate": amount / sustained if sustained else 0.0,
+        "power_w": watts,
+    }
 
 
 def planned(planner: str, load: Load, lane_sms: int, shape: DecodeShape | PrefillShape | None) -> Callable[[], None]:
@@ -222,14 +237,16 @@ def main() -> None:
     parser.add_argument("--bulk", action="store_true", help="sweep the decode kernel of the bulk copy engine")
     parser.add_argument("--only", choices=["decode", "prefill"])
     parser.add_argument("--page-tokens", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args()
     torch.manual_seed(0)
     n_sms = torch.cuda.get_device_properties(0).multi_processor_count
     stream = torch.cuda.Stream()
     if options.lane_sms:
         stream, n_sms = green_stream(options.lane_sms)
-    name = torch.cuda.get_device_name(0)
-    print(f"{name}, {n_sms} multiprocessors, pages of {options.page_tokens} tokens", flush=True)
+    gpu = torch.cuda.get_device_name(0)
+    results: list[dict[str, object]] = []
+    print(f"{gpu}, {n_sms} multiprocessors, pages of {options.page_tokens} tokens", flush=True)
     quick = options.quick or options.sweep
     sustain_s = 0.0 if options.sweep else SUSTAIN_S
     for kind in [options.only] if options.only else ["decode", "prefill"]:
@@ -256,8 +273,12 @@ def main() -> None:
                 except Exception as error:  # a shape that does not fit must not end the sweep
                     print(f"{label}: {type(error).__name__}: {str(error)[:100]}", flush=True)
                     continue
-                report(label, amount, "GB" if kind == "decode" else "TFLOP", times)
+                results.append(report(label, amount, "GB" if kind == "decode" else "TFLOP", times))
             del load
+    if options.json:
+        versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": gpu, "multiprocessors": n_sms}
+        content = {"command": sys.argv, "page_tokens": options.page_tokens, **versions, "results": results}
+        options.json.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

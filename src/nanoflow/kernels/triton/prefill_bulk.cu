@@ -1,8 +1,8 @@
 // Paged causal prefill attention for sm_90a: warp-specialised, asynchronous matrix units; compiled by `prefill_bulk.py`.
 //
 // One block a multiprocessor works through query tiles (work_lists.PrefillPlanner). Of its three warpgroups one only
-// fetches: a warp copies pages of keys and values through the bulk copy engine (TMA) into rings of STAGES tiles, the other
-// three fetch the queries of the next tile. The other two warpgroups own 64 rows each: they start the next tile's
+// fetches: one warp copies pages of keys and one pages of values through the bulk copy engine (TMA) into rings of STAGES
+// tiles, the other two fetch the queries of the next tile. The other two warpgroups own 64 rows each: they start the next tile's
 // scores and this tile's weighted values together, and do the softmax of one while the matrix units do the other.
 // Rows of a tile are query · GROUP + head of the group, so that all heads of a KV head share what is copied.
 //
@@ -18,10 +18,11 @@ constexpr int HALVES = DIM / 64;                         // a swizzled row holds
 constexpr int HALF_BYTES = 128 * 128;                    // 128 rows of 64 elements
 constexpr int TILE_BYTES = HALVES * HALF_BYTES;
 constexpr int BOX = KEYS < PAGE_TOKENS ? KEYS : PAGE_TOKENS;
-constexpr int COPIES = KEYS / BOX * HALVES;              // of keys; as many of values
+constexpr int COPIES = KEYS / BOX * HALVES;              // of a tile of keys or values
+static_assert(COPIES <= 32, "one lane issues one copy");
 constexpr int TILE_INTS = 4;
 constexpr int Q_BUFFERS = 2;
-constexpr int LOADERS = 96;                              // threads that fetch queries
+constexpr int LOADERS = 64;                              // threads that fetch queries
 constexpr int WORKERS = 8;                               // warps that compute: each tells when it has read a buffer
 constexpr float LOWEST = -1.0e30f;
 
@@ -143,44 +144,35 @@ __device__ __forceinline__ int first_step(const Tile& t, int window) {
 }
 __device__ __forceinline__ int last_step(const Tile& t) { return (t.position + t.queries + KEYS - 1) / KEYS; }
 
-// One warp: pages of keys and values into the rings.
-__device__ void fetch_pages(const Units& units, const int* pages, const TensorMap* map, Barriers& bar, u32 k_ring, u32 v_ring, int window) {
-    const int lane = threadIdx.x % 32;
+// One warp: pages of keys (or, with `is_value`, of values) into their ring; page ids are read a step ahead.
+__device__ void fetch_pages(const Units& units, const int* pages, const TensorMap* map, u64* full, u64* empty, u32 ring, int is_value, int window) {
+    const int lane = threadIdx.x % 32, half = lane % HALVES, offset = lane / HALVES * BOX;
     int stage = 0;
     u32 parity = 1;  // the first pass over an empty ring does not wait
     for (int turn = 0, unit; (unit = units.nth(turn)) < units.count; ++turn) {
         const Tile t = units.tile(unit);
-        const int head = unit % N_KV, n_keys = t.position + t.queries, end = last_step(t);
-        for (int step = first_step(t, window); step < end; ++step) {
-            int row[(2 * COPIES + 31) / 32];
-#pragma unroll
-            for (int c = lane; c < 2 * COPIES; c += 32) {
-                const int copy = c % COPIES, key = step * KEYS + copy / HALVES * BOX;
-                const int page = __ldg(pages + t.pages + min(key, n_keys - 1) / PAGE_TOKENS);
-                row[c / 32] = ((page * 2 + c / COPIES) * N_KV + head) * PAGE_TOKENS + key % PAGE_TOKENS;
-            }
-            if (lane == 0) {
-                wait(bar.k_empty[stage], parity);
-                expect(bar.k_full[stage], TILE_BYTES);
-                wait(bar.v_empty[stage], parity);
-                expect(bar.v_full[stage], TILE_BYTES);
-            }
+        const int head = unit % N_KV, last_key = t.position + t.queries - 1, end = last_step(t);
+        int step = first_step(t, window);
+        auto page_of = [&](int s) { return __ldg(pages + t.pages + min(s * KEYS + offset, last_key) / PAGE_TOKENS); };
+        int page = page_of(step);
+        for (; step < end; ++step) {
+            const int next_page = page_of(step + 1);
+            wait(empty[stage], parity);
+            if (lane == 0) expect(full[stage], TILE_BYTES);
             __syncwarp();
-#pragma unroll
-            for (int c = lane; c < 2 * COPIES; c += 32) {
-                const int copy = c % COPIES, half = copy % HALVES;
-                const u32 to = stage * TILE_BYTES + half * HALF_BYTES + copy / HALVES * (BOX * 128);
-                if (c < COPIES) copy_box(k_ring + to, map, half * 64, row[c / 32], bar.k_full[stage]);
-                else copy_box(v_ring + to, map, half * 64, row[c / 32], bar.v_full[stage]);
+            if (lane < COPIES) {
+                const int row = ((page * 2 + is_value) * N_KV + head) * PAGE_TOKENS + (step * KEYS + offset) % PAGE_TOKENS;
+                copy_box(ring + stage * TILE_BYTES + half * HALF_BYTES + offset * 128, map, half * 64, row, full[stage]);
             }
+            page = next_page;
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
     }
 }
 
-// Three warps: the queries of each tile into one of two buffers, zeros where the tile has fewer.
+// Two warps: the queries of each tile into one of two buffers, zeros where the tile has fewer.
 __device__ void fetch_queries(const Units& units, const u16* queries, long long q_stride, Barriers& bar, Tile* tiles, u32 q_buffers) {
-    const int mine = threadIdx.x % WARPGROUP - 32;
+    const int mine = threadIdx.x % WARPGROUP - 64;
     for (int turn = 0, unit; (unit = units.nth(turn)) < units.count; ++turn) {
         const Tile t = units.tile(unit);
         const int buffer = turn % Q_BUFFERS, head = unit % N_KV;
@@ -197,6 +189,10 @@ __device__ void fetch_queries(const Units& units, const u16* queries, long long 
         arrive(bar.q_full[buffer]);
     }
 }
+
+// The two warpgroups take turns at starting products, so that one's softmax falls into the other's products.
+__device__ __forceinline__ void wait_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
+__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory"); }
 
 struct Softmax {  // of a thread's two rows; `sum` covers the thread's own columns until the end
     float top[2], sum[2];
@@ -231,6 +227,7 @@ __device__ void attend(const Units& units, Barriers& bar, const Tile* tiles, u32
     const int group = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % 32;
     const int my_row = group * 64 + thread / 32 * 16 + lane / 4;  // and my_row + 8
     int k_stage = 0, v_stage = 0;
+    if (group == 1) give_turn(0);
     u32 k_parity = 0, v_parity = 0;
     for (int turn = 0, unit; (unit = units.nth(turn)) < units.count; ++turn) {
         const int buffer = turn % Q_BUFFERS, head = unit % N_KV;
@@ -307,8 +304,10 @@ __device__ void attend(const Units& units, Barriers& bar, const Tile* tiles, u32
         softmax(score, rows, shrink, scale_log2);
         keep();
         for (++step; step < end; ++step) {
+            wait_turn(group);
             start_scores();
             start_values();
+            give_turn(1 - group);
             pending<1>();
             settle(score);
             free_keys();
@@ -365,7 +364,8 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) prefill_bulk(
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x < 32) fetch_pages(units, pages, &kv_map, bar, k_ring, v_ring, window);
+        if (threadIdx.x < 32) fetch_pages(units, pages, &kv_map, bar.k_full, bar.k_empty, k_ring, 0, window);
+        else if (threadIdx.x < 64) fetch_pages(units, pages, &kv_map, bar.v_full, bar.v_empty, v_ring, 1, window);
         else fetch_queries(units, queries, q_stride, bar, tiles, q_buffers);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
