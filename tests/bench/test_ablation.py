@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanoflow.bench import variants
-from nanoflow.bench.ablation import PLAIN, AblationOptions, run_ablation, take_turns
+from nanoflow.bench.ablation import OFFLOAD_OFF, OFFLOAD_ON, PLAIN, AblationOptions, run_ablation, take_turns
 from nanoflow.bench.result import BenchResult, parse_result
 from nanoflow.bench.show import lines_of
 from nanoflow.bench.workloads import make_requests
@@ -85,7 +85,22 @@ def test_without_an_overlapping_pipeline_the_variant_names_the_fix(
     (result,) = run_ablation(config, [make_requests("8/2", 2)], options)
     missing = next(series for series in result.series if series.name == variants.MEMORY)
     assert "nanoflow tune" in missing.not_applicable
+    assert "--kv-dram-bytes" in result.series[-1].not_applicable
     assert "tokens_per_s_deviation" not in result.series[0].numbers
+
+
+def test_offload_is_compared_where_a_tier_is_given(config: EngineConfig, tmp_path: Path) -> None:
+    tiered = config.with_options("cache", kv_dram_bytes=1 << 20)
+    requests = make_requests("40/8", N_REQUESTS)
+    options = AblationOptions(rounds=1, warmup=0, trace=0, overlap=None)
+    (result,) = run_ablation(tiered, [requests], options)
+    by_name = {series.name: series for series in result.series}
+    off, on = by_name[OFFLOAD_OFF], by_name[OFFLOAD_ON]
+    assert off.options == {"enable_prefix_caching": True} and on.options["kv_dram_bytes"] == 1 << 20
+    for series in (off, on):
+        assert series.numbers["output_tokens"] == 8 * N_REQUESTS and series.numbers["hit_tokens_device"] == 0
+    assert on.numbers["kv_written_bytes_dram"] >= 0 and "kv_written_bytes_dram" not in off.numbers
+    assert off.numbers["ratio_to_first"] == 1.0 != on.numbers["ratio_to_first"]
 
 
 def test_turns_are_shuffled_rounds() -> None:

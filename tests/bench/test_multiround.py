@@ -51,7 +51,9 @@ def test_the_history_of_a_round_is_the_rounds_before_it(config: EngineConfig) ->
     assert all(start >= ends[number] for number, start in enumerate(starts[2:])), "two at a time"
 
 
-def test_reuse_saves_what_the_trace_predicts(config: EngineConfig) -> None:
+@pytest.mark.parametrize("dram_bytes", [None, 1 << 21])
+def test_reuse_saves_what_the_trace_predicts(config: EngineConfig, dram_bytes: int | None) -> None:
+    config = config.with_options("cache", kv_dram_bytes=dram_bytes)
     options = MultiroundOptions(conversations=4, concurrent=4, max_total_tokens=90, seed=2, runs=2)
     result = run_multiround(config, "talks", TALKS, options)
     assert parse_result(result.to_json()) == parse_result(parse_result(result.to_json()).to_json())
@@ -65,6 +67,7 @@ def test_reuse_saves_what_the_trace_predicts(config: EngineConfig) -> None:
     for run in reuse.runs:
         hits = run.numbers["hit_tokens"]
         assert run.numbers["prefill_tokens_computed"] == n_prompt - hits
+        assert hits == sum(value for name, value in run.numbers.items() if name.startswith("hit_tokens_"))
         # Whole pages of 16 tokens are found again, and the last token of an answer never entered the cache.
         assert history - 16 * 4 <= hits <= history
     assert result.numbers["saved_prefill_percent"] > 0.5 * result.numbers["predicted_saved_prefill_percent"]

@@ -17,6 +17,7 @@ from typing import Any
 from nanoflow.bench import environment
 from nanoflow.bench.bounds import rates_of
 from nanoflow.bench.engines import built
+from nanoflow.bench.multiround import NO_CACHE
 from nanoflow.bench.numbers import over_runs, ratio_to
 from nanoflow.bench.offline import SILENT, Listeners, run_of, traced, warm_up
 from nanoflow.bench.result import BenchKind, BenchResult, Run, Series
@@ -30,7 +31,9 @@ from nanoflow.engine.build import Engine
 from nanoflow.engine.resolve import DEFAULTS, open_device
 from nanoflow.pipeline.pipeline import Pipeline
 
-PLAIN = "plain engine"
+PLAIN, OFFLOAD_OFF, OFFLOAD_ON = "plain engine", "KV offload off", "KV offload on"
+NO_TIERS = "no tier below the device is given: add --kv-dram-bytes N, and --kv-ssd-path FOLDER if wanted"
+CACHING: dict[str, Any] = {"enable_prefix_caching": True}
 ROOM_ON_GPU = 0.08
 """Share of a GPU's memory left to the buffers and recordings of the other pipelines."""
 
@@ -70,10 +73,11 @@ def run_ablation(
     """All variants, a result a workload. `config.pipeline` is ignored. Raises the errors of `build_engine`."""
     wanted = OverlapSource(options.workload, options.overlap, options.search_seconds, options.tune)
     overlap = find_overlap(config, wanted)
+    offload = offload_options(config)
     config = plain(config, overlap)
     found = _on_one_engine(config, overlap, workloads, options, command, listeners, show_progress)
     return [
-        _with_options(config, result, requests, options, listeners)
+        _with_options(config, result, requests, options, offload, listeners)
         for result, requests in zip(found, workloads, strict=True)
     ]
 
@@ -90,8 +94,7 @@ def plain(config: EngineConfig, overlap: Pipeline | None) -> EngineConfig:
         device.close()
         fraction = DEFAULTS[device.kind].kv_fraction - (ROOM_ON_GPU if device.kind == "cuda" else 0.0)
         config = config.with_options("cache", kv_memory_fraction=fraction)
-    config = config.with_options("cache", enable_prefix_caching=False)
-    return replace(config, pipeline="sequential")
+    return replace(config.with_options("cache", **NO_CACHE), pipeline="sequential")
 
 
 def _on_one_engine(
@@ -164,12 +167,30 @@ def seeds_of_series(series: Sequence[Series]) -> tuple[int, ...]:
     return tuple(sorted({run.seed for one in series for run in one.runs}))
 
 
+def offload_options(config: EngineConfig) -> dict[str, Any]:
+    """The options that give the KV cache tiers below the device, as far as the user gave any."""
+    given = {name: getattr(config.cache, name) for name in ("kv_dram_bytes", "kv_ssd_path", "kv_ssd_bytes")}
+    return {name: value for name, value in given.items() if value}
+
+
 def _with_options(
-    config: EngineConfig, result: BenchResult, requests: RequestSet, options: AblationOptions, listeners: Listeners
+    config: EngineConfig,
+    result: BenchResult,
+    requests: RequestSet,
+    options: AblationOptions,
+    offload: dict[str, Any],
+    listeners: Listeners,
 ) -> BenchResult:
     """The result with the engines of other options beside the pipelines."""
-    series = (*result.series, *compare_options(config, requests, options, listeners))
-    return replace(result, series=series, seeds=seeds_of_series(series))
+    series = [*result.series]
+    if offload:
+        pair = {OFFLOAD_OFF: CACHING, OFFLOAD_ON: CACHING | offload}
+        series += compare_options(config, pair, requests, options, listeners)
+    else:
+        series.append(Series(OFFLOAD_ON, not_applicable=NO_TIERS))
+    if options.compare:
+        series += compare_options(config, {PLAIN: {}, **options.compare}, requests, options, listeners)
+    return replace(result, series=tuple(series), seeds=seeds_of_series(series))
 
 
 def _rounds(
@@ -230,12 +251,13 @@ def _series(
 
 
 def compare_options(
-    config: EngineConfig, requests: RequestSet, options: AblationOptions, listeners: Listeners
+    config: EngineConfig,
+    chosen: Mapping[str, Mapping[str, Any]],
+    requests: RequestSet,
+    options: AblationOptions,
+    listeners: Listeners,
 ) -> list[Series]:
-    """Engines that differ by options, in turn with the plain one; each run builds its engine."""
-    if not options.compare:
-        return []
-    chosen: dict[str, Mapping[str, Any]] = {PLAIN: {}, **options.compare}
+    """Engines that differ from `config` by the options chosen, in turn; each run builds its engine."""
     configs = {name: with_flat_options(config, changes) for name, changes in chosen.items()}
     runs: dict[str, list[Run]] = {name: [] for name in configs}
 

@@ -19,7 +19,7 @@ def built(config: EngineConfig, *, show_progress: bool = False) -> Iterator[Engi
     try:
         yield engine
     finally:
-        engine.device.close()
+        engine.close()
 
 
 def _collect() -> None:

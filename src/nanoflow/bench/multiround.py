@@ -22,6 +22,8 @@ from nanoflow.core.hardware import MachineRates
 from nanoflow.engine.build import Engine
 
 REUSE, NO_REUSE = "reuse", "no reuse"
+NO_CACHE = {"enable_prefix_caching": False, "kv_dram_bytes": None, "kv_ssd_path": None, "kv_ssd_bytes": None}
+"""Changes of the cache options that switch all reuse off."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def run_multiround(
 
     def measure(variant: str, seed: int, found: _Found | None) -> tuple[Run, _Found]:
         """On an engine that is gone before the next one is built."""
-        chosen = config.with_options("cache", enable_prefix_caching=variant == REUSE)
+        chosen = config if variant == REUSE else config.with_options("cache", **NO_CACHE)
         with built(chosen, show_progress=show_progress) as engine:
             rates = rates_of(engine)
             found = found or _find(engine, rates, name, trace, options)
@@ -81,7 +83,7 @@ def run_multiround(
             kept.append(run)
     assert found is not None
     series = tuple(
-        Series(variant, tuple(kept), over_runs(kept), options={"enable_prefix_caching": variant == REUSE})
+        Series(variant, tuple(kept), over_runs(kept), options={} if variant == REUSE else NO_CACHE)
         for variant, kept in runs.items()
     )
     return BenchResult(
@@ -148,7 +150,7 @@ def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed
         "recomputed_tokens": float(work.recomputed_tokens),
         "preemptions": float(record.preemptions),
     }
-    numbers |= {f"hit_tokens_{tier}": float(n) for tier, n in rounds.hit_tokens.items()} | latency_numbers(columns)
+    numbers |= record.cache_numbers | latency_numbers(columns)
     return Run(
         seed=seed,
         elapsed_s=elapsed,

@@ -149,6 +149,7 @@ def run_of(engine: Engine, rates: MachineRates, requests: RequestSet, record: Re
         "decode_tokens_per_iteration": float(np.mean(record.log.decode_tokens)),
         "preemptions": float(record.preemptions),
         "recomputed_tokens": float(work.recomputed_tokens),
+        **record.cache_numbers,
     }
     return Run(
         seed=seed,

@@ -7,6 +7,7 @@ ones; so whatever is reused must be found by its tokens, as a user's next reques
 from __future__ import annotations
 
 import heapq
+import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 
 from nanoflow.bench.conversations import ConversationSet
 from nanoflow.bench.result import Column, rounded
-from nanoflow.bench.session import PROGRESS_EVERY_S, IterationLog, OnProgress, Record
+from nanoflow.bench.session import PROGRESS_EVERY_S, IterationLog, Meter, OnProgress, Record
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.build import Engine
 from nanoflow.engine.core import InFlightBatch
@@ -35,13 +36,9 @@ class _Talk:
 
 @dataclass(frozen=True)
 class RoundsRecord:
-    """A finished run: the engine's record, and for each sequence its conversation, its turn and when it was due.
-
-    `hit_tokens` are prompt tokens found in the cache, by the tier that held them.
-    """
+    """A finished run: the engine's record, and for each sequence its conversation, its turn and when it was due."""
 
     record: Record
-    hit_tokens: dict[str, int]
     conversation: tuple[int, ...]
     turn: tuple[int, ...]
     due_s: tuple[float, ...]
@@ -72,6 +69,7 @@ class Conversing:
         self._set = talks
         self._seed = seed
         self._think_s = think_s
+        self._salt = secrets.token_hex(8)  # so that no page of an earlier run is found, on a disk even
         self._waiting = deque(_Talk(number) for number in range(len(talks.conversations)))
         self._concurrent = concurrent
         self._due: list[tuple[float, int, _Talk]] = []  # a heap of (when, number, conversation)
@@ -82,9 +80,8 @@ class Conversing:
 
     def run(self, on_progress: OnProgress | None = None) -> RoundsRecord:
         """All conversations to their ends. An error of the device passes through."""
-        engine, core, log = self._engine, self._engine.core, IterationLog()
-        before, energy_before = core.stats(), engine.device.energy_j()
-        started = next_report = time.monotonic()
+        core, log, meter = self._engine.core, IterationLog(), Meter(self._engine)
+        started = next_report = meter.started_s
         total = len(self._set.turns)
         for _ in range(min(self._concurrent, len(self._waiting))):
             self._begin(started)
@@ -106,14 +103,8 @@ class Conversing:
         except BaseException as error:
             core.fail_all(f"{type(error).__name__}: {error}")
             raise
-        elapsed = time.monotonic() - started
-        after, energy_after = core.stats(), engine.device.energy_j()
-        energy = None if energy_before is None or energy_after is None else energy_after - energy_before
-        work = after.work - before.work
-        record = Record(self._sequences, started, elapsed, work, energy, after.preemptions - before.preemptions, log)
-        hits = {tier: n - before.kv_hit_tokens.get(tier, 0) for tier, n in after.kv_hit_tokens.items()}
         conversation, turn, due = zip(*self._notes, strict=True)
-        return RoundsRecord(record, hits, conversation, turn, due)
+        return RoundsRecord(meter.record(self._sequences, log), conversation, turn, due)
 
     def _begin(self, now: float) -> None:
         if self._waiting:
@@ -128,7 +119,7 @@ class Conversing:
             talk.tokens += rng.integers(0, self._engine.spec.vocab_size, size=turn.new_tokens).tolist()
             seed = (self._seed * 1_000_003 + talk.number) * 4096 + talk.turn
             params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=turn.output_tokens, seed=seed)
-            (sequence,) = self._engine.submission.sequences(talk.tokens, params)
+            (sequence,) = self._engine.submission.sequences(talk.tokens, params, cache_salt=self._salt)
             sequence.on_end = self._ended.append
             self._running[sequence] = talk
             self._sequences.append(sequence)

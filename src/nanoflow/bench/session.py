@@ -6,6 +6,7 @@ iteration it costs two clock reads and a few appends.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,10 @@ class IterationLog:
 
 @dataclass(frozen=True)
 class Record:
-    """One measured run of an engine. `started_s` is `time.monotonic()` at its start; energy is the device's own."""
+    """One measured run of an engine. `started_s` is `time.monotonic()` at its start; energy is the device's own.
+
+    `cache_numbers` are prompt tokens found by tier, and bytes moved to and from the tiers below the device.
+    """
 
     sequences: list[EngineSequence]
     started_s: float
@@ -77,6 +81,46 @@ class Record:
     energy_j: float | None
     preemptions: int
     log: IterationLog
+    cache_numbers: dict[str, float]
+
+
+class Meter:
+    """Reads an engine's counters at the start of a run (when it is made) and at its end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._before = engine.core.stats()
+        self._energy_j = engine.device.energy_j()
+        self.started_s = time.monotonic()
+
+    def work(self) -> WorkDone:
+        """What was computed so far."""
+        return self._engine.core.stats().work - self._before.work
+
+    def finished(self) -> int:
+        """Requests that have ended so far."""
+        return sum(self._engine.core.stats().finished.values()) - sum(self._before.finished.values())
+
+    def record(self, sequences: Sequence[EngineSequence], log: IterationLog) -> Record:
+        """The run ends now."""
+        elapsed = time.monotonic() - self.started_s
+        energy_j, before, after = self._engine.device.energy_j(), self._before, self._engine.core.stats()
+        used_j = None if self._energy_j is None or energy_j is None else energy_j - self._energy_j
+        hits = {f"hit_tokens_{tier}": n - before.kv_hit_tokens.get(tier, 0) for tier, n in after.kv_hit_tokens.items()}
+        moved: dict[str, float] = {}
+        for old, new in zip(before.kv_tiers, after.kv_tiers, strict=True):
+            moved[f"kv_written_bytes_{new.name}"] = new.written_bytes - old.written_bytes
+            moved[f"kv_read_bytes_{new.name}"] = new.read_bytes - old.read_bytes
+        return Record(
+            list(sequences),
+            self.started_s,
+            elapsed,
+            after.work - before.work,
+            used_j,
+            after.preemptions - before.preemptions,
+            log,
+            {name: float(value) for name, value in (hits | moved).items()},
+        )
 
 
 def check_fits(engine: Engine, requests: RequestSet) -> None:
@@ -90,21 +134,23 @@ def check_fits(engine: Engine, requests: RequestSet) -> None:
 
 
 def make_sequences(engine: Engine, requests: RequestSet, seed: int) -> list[EngineSequence]:
-    """Sequences of random tokens, temperature 1, end tokens ignored; the requests fit the engine."""
-    vocab_size = engine.spec.vocab_size
+    """Sequences of random tokens, temperature 1, end tokens ignored; the requests fit the engine.
+
+    Each call has a salt of its own, so that pages which another run left in any tier, on a disk even, are not found.
+    """
+    vocab_size, salt = engine.spec.vocab_size, secrets.token_hex(8)
     found: list[EngineSequence] = []
     for index, n_output in enumerate(requests.output_tokens.tolist()):
         params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=n_output, seed=seed * 1_000_003 + index)
         ids = requests.prompt(index, vocab_size, seed)
-        found += engine.submission.sequences(ids, params, request_id=f"{seed}-{index}")
+        found += engine.submission.sequences(ids, params, request_id=f"{seed}-{index}", cache_salt=salt)
     return found
 
 
 def run_sequences(engine: Engine, sequences: Sequence[EngineSequence], on_progress: OnProgress | None = None) -> Record:
     """Queue all of them at once and step until every one has ended. An error of the device passes through."""
-    core, log = engine.core, IterationLog()
-    before, energy_before = core.stats(), engine.device.energy_j()
-    started = next_report = time.monotonic()
+    core, log, meter = engine.core, IterationLog(), Meter(engine)
+    started = next_report = meter.started_s
     for sequence in sequences:
         core.add(sequence)
     in_flight: InFlightBatch | None = None
@@ -116,17 +162,11 @@ def run_sequences(engine: Engine, sequences: Sequence[EngineSequence], on_progre
                 log.add(now - started, in_flight.scheduled.plan)
             if on_progress is not None and now >= next_report:
                 next_report = now + PROGRESS_EVERY_S
-                stats = core.stats()
-                done = sum(stats.finished.values()) - sum(before.finished.values())
-                on_progress(done, len(sequences), _speed(stats.work - before.work, now - started))
+                on_progress(meter.finished(), len(sequences), _speed(meter.work(), now - started))
     except BaseException as error:
         core.fail_all(f"{type(error).__name__}: {error}")
         raise
-    elapsed = time.monotonic() - started
-    energy_after, after = engine.device.energy_j(), core.stats()
-    energy = None if energy_before is None or energy_after is None else energy_after - energy_before
-    preemptions = after.preemptions - before.preemptions
-    return Record(list(sequences), started, elapsed, after.work - before.work, energy, preemptions, log)
+    return meter.record(sequences, log)
 
 
 def _speed(work: WorkDone, elapsed_s: float) -> str:

@@ -59,7 +59,7 @@ def series_lines(series: Series) -> Iterator[str]:
             f"{headline(series, 'decode_tokens_per_iteration')} decode tokens, "
             f"{series.numbers['preemptions']:.0f} preemptions"
         )
-    if "hit_tokens" in series.numbers:
+    if "ttft_mean_s" in series.numbers:
         names = ("elapsed_s", "prompt_tokens", "prefill_tokens_computed", "hit_tokens", "ttft_mean_s")
         elapsed, prompt, computed, hits, first = (headline(series, name) for name in names)
         yield f"  {elapsed} s, first token after {first} s"
