@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,6 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(paths: JobPaths, monkeypatc
     job.keep(1, "0", Response(200, b'{"text":"0p"}', "q"))
 
     def full(fd: int, data: bytes) -> None:
-        import os
-
         os.write(fd, data[:7])
         raise OSError(28, "No space left on device")
 
@@ -193,6 +192,26 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(paths: JobPaths, monkeypatc
             job.keep(2, "1", Response(200, b'{"text":"1p"}', "q"))
     job.keep(3, "2", Response(200, b'{"text":"2p"}', "q"))
     job.close()
+    run_job(paths)
+    assert len(answers(paths.output)) == 5
+
+
+def test_a_checkpoint_that_fails_is_made_up_for(paths: JobPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = BatchJob.open(paths, IDENTITY)
+
+    def full(fd: int, data: bytes) -> None:
+        os.write(fd, data[:7])
+        raise OSError(28, "No space left on device")
+
+    job.keep(1, "0", Response(200, b'{"text":"0p"}', "q"))
+    with monkeypatch.context() as patched:
+        patched.setattr("nanoflow.batch.journal.write_all", full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            job.save(job.checkpoint())
+    job.keep(2, "1", Response(200, b'{"text":"1p"}', "q"))
+    job.save(job.checkpoint())
+    job.close()
+    assert read_status(paths.output).counts.answered == 2
     run_job(paths)
     assert len(answers(paths.output)) == 5
 

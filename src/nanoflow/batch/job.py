@@ -12,7 +12,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,16 @@ class BatchJob:
             raise ConfigError(f"there is no file {paths.input}; name a JSONL file of requests.")
         journal = Journal(paths.journal)
         try:
-            records = [] if restart else journal.recover()
             if restart:
                 journal.clear()
                 cut(paths.output, 0)
                 cut(paths.errors, 0)
-            job = _resumed(paths, journal, records, identity) if records else _new(paths, journal, identity, on_survey)
+            records = journal.recover()
+            header = next(records, None)
+            if header is None:
+                job = _new(paths, journal, identity, on_survey)
+            else:
+                job = _resumed(paths, journal, header, records, identity)
             job._open_outputs()
         except BaseException:
             journal.close()
@@ -221,8 +225,13 @@ def _new(
     return BatchJob(paths, journal, job_id, found)
 
 
-def _resumed(paths: JobPaths, journal: Journal, records: list[dict[str, Any]], identity: Mapping[str, Any]) -> BatchJob:
-    header = records[0]
+def _resumed(
+    paths: JobPaths,
+    journal: Journal,
+    header: Mapping[str, Any],
+    records: Iterator[dict[str, Any]],
+    identity: Mapping[str, Any],
+) -> BatchJob:
     if header.get("kind") != "job" or header.get("format") != FORMAT:
         raise ConfigError(f"{paths.journal} was not written by this version; choose another output, or use --restart.")
     for name in sorted({*identity, *header["identity"]}):
@@ -237,7 +246,7 @@ def _resumed(paths: JobPaths, journal: Journal, records: list[dict[str, Any]], i
         raise _changed(paths.input)
     found = Survey(header["lines"], header["requests"], n_bytes, sha256, header["repeated"])
     job = BatchJob(paths, journal, header["job"], found)
-    for record in records[1:]:
+    for record in records:
         job.replay(record)
     job.recover_tails()
     return job

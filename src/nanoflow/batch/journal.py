@@ -7,6 +7,7 @@ job is refused. The file is locked while a run writes it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -40,19 +41,27 @@ class Journal:
             os.close(self._fd)
             raise JobLockedError(f"another run is writing {path}; wait for it, or stop it first.")
 
-    def recover(self) -> list[dict[str, Any]]:
-        """Every record, the torn end of the file cut off. Raises `ConfigError` for a journal that was edited."""
-        records, good = [], 0
+    def recover(self) -> Iterator[dict[str, Any]]:
+        """Every record, one by one; after the last one the torn end of the file is cut off.
+
+        Raises `ConfigError` for a journal that was edited.
+        """
+        good = 0
         for record, end in read_records(self.path):
-            records.append(record)
+            yield record
             good = end
         os.ftruncate(self._fd, good)
-        return records
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record and wait until it is on disk."""
-        write_all(self._fd, _encode(record))
-        os.fsync(self._fd)
+        """Add a record and wait until it is on disk. After an `OSError` nothing of it is left."""
+        size = os.fstat(self._fd).st_size
+        try:
+            write_all(self._fd, _encode(record))
+            os.fsync(self._fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, size)
+            raise
 
     def clear(self) -> None:
         """Forget everything."""
