@@ -159,7 +159,7 @@ class Residency:
             sequence.cached_tokens = tokens
 
     def catch_up(self, slot: int) -> None:
-        """Share what another request has computed of this prompt since the last chunk."""
+        """Share what another request has computed of this prompt since the last chunk, or load what had no room."""
         table, page = self.table, self.page_tokens
         start, sequence = int(table.computed[slot]), table.sequences[slot]
         assert sequence is not None
@@ -167,13 +167,17 @@ class Residency:
             return
         most = reusable_tokens(sequence, int(table.target[slot])) // page
         keys = sequence.page_keys[start // page : most]
-        if keys and keys[0] in self.pool:
+        if not keys:
+            return
+        if keys[0] in self.pool:
             pages = self.pool.lookup(keys)
             self.pool.share(pages)
             table.borrowed[slot] += len(pages)
             self._extend(slot, pages, len(pages) * page)
             if sequence.cached_tokens is not None and not sequence.output_ids:
                 sequence.cached_tokens += len(pages) * page
+        elif self.loader is not None and self.loader.lower.dram.contains(keys[:1])[0]:
+            self.loader.load(slot, sequence, self.loader.in_dram(sequence.page_keys[:most], start // page))
 
     def note_chunk(self, slot: int, start: int, stop: int) -> None:
         """Tokens [start, stop) of `slot` will be computed by the batch being formed: name the pages that they fill."""

@@ -185,9 +185,7 @@ class Scheduler:
         self.residency.look_ahead(islice(self.waiting, SEEK_AHEAD))
         if budget > 0 and self.waiting and not self._preempted_now:
             for sequence in self._admissible(budget):
-                slot = self._admit(sequence)
-                if self.table.state[slot] == SlotState.PREFILL:
-                    budget -= self._add_chunk(slot, budget, chunks, resets)
+                budget -= self._add_chunk(self._admit(sequence), budget, chunks, resets)
                 if budget <= 0:
                     break
         return chunks
@@ -198,6 +196,8 @@ class Scheduler:
         if budget <= 0:
             return 0
         self.residency.catch_up(slot)
+        if table.state[slot] == SlotState.LOADING:
+            return 0
         start, held = int(table.computed[slot]), int(table.n_pages[slot])
         room = (held + self.pool.n_free) * page - start
         count = min(int(table.target[slot]) - start, budget, room)
