@@ -94,7 +94,7 @@ def test_refusals_are_those_of_the_server_and_make_exit_code_1(engine: ClosableE
 
 def test_json_result_and_status(engine: ClosableEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = files(tmp_path, chat("a"), chat("b"))
-    assert main(["batch", "run", "fake", source, target, "--json"]) == 0
+    assert main(["batch", "run", "fake", source, target, "--json", "--log-level", "error"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["state"], result["answered"], result["failed"]) == ("finished", 2, 0)
     assert result["run"]["bound"] in ("compute", "memory")

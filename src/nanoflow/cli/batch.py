@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=SentenceParser)
     run_help = "answer the requests of a file in OpenAI's batch format"
     child = actions.add_parser("run", help=run_help, description=run_help, allow_abbrev=False)
+    child.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default=argparse.SUPPRESS,
+        help="what to log to stderr",
+    )
     _add_run_arguments(child)
     status_help = "how far a job is"
     child = actions.add_parser("status", help=status_help, description=status_help, allow_abbrev=False)
