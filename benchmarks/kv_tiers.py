@@ -4,7 +4,7 @@
     python benchmarks/kv_tiers.py --cuda                            # device ↔ pinned DRAM beside one cudaMemcpyAsync
 
 The SSD tier writes and reads whole pages as the engine does: checksums, syncs and index records included. fio gets the
-same block size, queue depth and O_DIRECT, goes through its file in order and syncs nothing. Rounds take turns, so that
+same block size, queue depth, order and O_DIRECT, and syncs nothing. Rounds take turns, so that
 whatever else the machine does disturbs both alike; the median and the least of the rounds' ratios are shown.
 """
 
@@ -35,7 +35,7 @@ from nanoflow.kvcache.tier import UInt8Array
 
 BATCH_PAGES = 32
 BATCHES_UNDER_WAY = 4
-TARGETS = {"ssd write": 0.70, "ssd read": 0.70, "offload": 0.85, "reload": 0.85}
+TARGETS = {"ssd write": 0.70, "ssd read": 0.70, "ssd randread": 0.70, "offload": 0.85, "reload": 0.85}
 
 
 def under_way(transfers: Iterator[Transfer]) -> int:
@@ -77,12 +77,19 @@ class SsdRounds:
         return under_way(self.tier.put_many(self.keys[batch], self._rows(batch)) for batch in numbers)
 
     def read(self) -> int:
-        order = random.sample(range(self.n_batches), self.n_batches)
-        return under_way(self.tier.get_many(self.keys[batch], self._rows(i)) for i, batch in enumerate(order))
+        """As it was written."""
+        return under_way(self.tier.get_many(self.keys[batch], self._rows(batch)) for batch in range(self.n_batches))
+
+    def read_at_random(self) -> int:
+        """Page by page in any order, which reloads never are: the worst case."""
+        keys = [key for batch in self.keys for key in batch]
+        random.shuffle(keys)
+        batches = [keys[start : start + BATCH_PAGES] for start in range(0, len(keys), BATCH_PAGES)]
+        return under_way(self.tier.get_many(batch, self._rows(i)) for i, batch in enumerate(batches))
 
 
 def fio_rate(folder: Path, mode: str, page_bytes: int, n_bytes: int, engine: str) -> float:
-    """GB/s of `fio` (mode `write` or `read`) over a file of its own in `folder`."""
+    """GB/s of `fio` (mode `write`, `read` or `randread`) over a file of its own in `folder`."""
     command = [
         *("fio", "--name=kv", f"--filename={folder / 'fio.dat'}", f"--rw={mode}", f"--bs={page_bytes}"),
         *(f"--size={n_bytes // page_bytes * page_bytes}", f"--iodepth={QUEUE_DEPTH}", f"--ioengine={engine}"),
@@ -91,7 +98,9 @@ def fio_rate(folder: Path, mode: str, page_bytes: int, n_bytes: int, engine: str
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"fio failed: {done.stderr.strip() or done.stdout.strip()}")
-    return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][mode]["bw_bytes"]) / 1e9
+    return (
+        float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][mode.removeprefix("rand")]["bw_bytes"]) / 1e9
+    )
 
 
 def measure_ssd(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
@@ -108,9 +117,10 @@ def measure_ssd(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         rounds.write()  # files are made and filled once before anything counts
         if has_fio:
             fio_rate(folder, "write", args.page_bytes, n_bytes, args.fio_engine)
-        results: dict[str, list[dict[str, float]]] = {"ssd write": [], "ssd read": []}
+        sides = {"write": rounds.write, "read": rounds.read, "randread": rounds.read_at_random}
+        results: dict[str, list[dict[str, float]]] = {f"ssd {mode}": [] for mode in sides}
         for number in range(args.rounds):
-            for mode, run in (("write", rounds.write), ("read", rounds.read)):
+            for mode, run in sides.items():
                 measured = {"ours": 0.0, "plain": 0.0}
                 for side in ("ours", "plain") if number % 2 == 0 else ("plain", "ours"):
                     if side == "ours":
@@ -158,14 +168,14 @@ def measure_dram(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 
 def report(results: dict[str, list[dict[str, float]]], plain: dict[str, str]) -> dict[str, Any]:
     """Print a table; the same as plain data."""
-    print(f"{'':10} {'ours GB/s':>22} {'plain GB/s':>22}   ratio (median, least)   target")
+    print(f"{'':12} {'ours GB/s':>22} {'plain GB/s':>22}   ratio (median, least)   target")
     summary: dict[str, Any] = {}
     for name, rounds in results.items():
         sides = {side: [measured[side] for measured in rounds] for side in ("ours", "plain")}
         cells = [f"{statistics.median(x):6.2f} ({min(x):.2f}–{max(x):.2f})" for x in sides.values()]
         ratios = [measured["ours"] / measured["plain"] for measured in rounds if measured["plain"]]
         summary[name] = {"rounds_gb_s": rounds, "plain": plain[name]}
-        line = f"{name:10} {cells[0]:>22} {cells[1]:>22}"
+        line = f"{name:12} {cells[0]:>22} {cells[1]:>22}"
         if ratios:
             summary[name] |= {"ratio_median": statistics.median(ratios), "ratio_least": min(ratios)}
             line += f"   {statistics.median(ratios):.2f}, {min(ratios):.2f}"
@@ -205,7 +215,7 @@ def main() -> None:
             results |= measure_ssd(args)
         if args.only != "ssd":
             results |= measure_dram(args)
-    plain = dict.fromkeys(("ssd write", "ssd read"), f"fio, {args.fio_engine}, in order")
+    plain = {f"ssd {mode}": f"fio --rw={mode}, {args.fio_engine}" for mode in ("write", "read", "randread")}
     plain |= dict.fromkeys(("dram put", "dram get"), "one memcpy")
     plain |= dict.fromkeys(("offload", "reload"), "one cudaMemcpyAsync")
     summary = report(results, plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.kvcache.ssd_pages import keys_of, open_small, pages_of, read_all
 
+from nanoflow.kvcache import slab_index
 from nanoflow.kvcache.slab_index import HEADER_BYTES, INDEX_NAME, RECORD_BYTES
 
 N_PAGES, PAGE_BYTES = 6, 3000
@@ -18,9 +20,16 @@ SLAB_NAME = "slab-00000.nfkv"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def patched() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patched:
+        yield patched
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch) -> Path:
     """A folder whose index has seen pages come, go, and come back elsewhere; left without a clean end."""
     folder = tmp_path_factory.mktemp("store")
+    patched.setattr(slab_index, "_CHUNK_BYTES", 2 * RECORD_BYTES)
     tier = open_small(folder, N_PAGES, PAGE_BYTES)
     for numbers in ([0, 1, 2, 3], [4, 5, 6], [0, 7], [8]):
         keys = keys_of(numbers)

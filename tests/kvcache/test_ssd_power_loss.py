@@ -43,6 +43,7 @@ def work(disk: RecordedDisk, seed: int) -> None:
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slab_files, "_TARGET_SLAB_BYTES", 4 * 4096)
     monkeypatch.setattr(slab_index, "_MIN_RECORDS_TO_COMPACT", 10)
+    monkeypatch.setattr(slab_index, "_CHUNK_BYTES", 150)
 
 
 def crashes(disk: RecordedDisk, tmp_path: Path, n_crashes: int, seed: int) -> Iterator[tuple[int, int, int]]:

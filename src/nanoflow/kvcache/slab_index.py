@@ -6,12 +6,14 @@ checksum is wrong (the end torn by a crash, a damaged sector) counts as never wr
 record makes a page absent, and a stale one names bytes whose checksum no longer fits, which is noticed before they are
 served. The checksums are seeded by a number drawn when the store was made, so records of an earlier store never fit.
 
-When more than half of the records are out of date the file is written anew beside itself and put in its place by
+The file is filled with zeros ahead of the records: a sync that need not change the file's size is several times as
+fast. When more than half of the records are out of date the file is written anew beside itself and put in its place by
 `rename`, which is atomic.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import struct
@@ -36,6 +38,8 @@ HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 RECORD_BYTES = _RECORD.size + _CHECKSUM.size
 _HOLDS, _EMPTY = 0x70757431, 0x64656C31
 _NO_KEY = bytes(16)
+_BLANK = bytes(RECORD_BYTES)
+_CHUNK_BYTES = 64 << 10
 _MIN_RECORDS_TO_COMPACT = 4096
 
 
@@ -80,14 +84,20 @@ def read_header(data: bytes) -> tuple[Geometry, int]:
 
 
 def read_records(data: bytes, epoch: int) -> tuple[dict[int, Entry], int, int]:
-    """(slot → entry, oldest first; whole records; damaged ones) of an index file's bytes after the header."""
+    """(slot → entry, oldest first; records; damaged ones among them) of an index file's bytes after the header."""
     live: dict[int, Entry] = {}
     slot_of: dict[bytes, int] = {}
-    n_damaged = 0
-    n_records, torn_bytes = divmod(len(data), RECORD_BYTES)
-    for start in range(0, n_records * RECORD_BYTES, RECORD_BYTES):
-        body = data[start : start + _RECORD.size]
-        (checksum,) = _CHECKSUM.unpack_from(data, start + _RECORD.size)
+    n_records = n_damaged = 0
+    for start in range(0, len(data), RECORD_BYTES):
+        record = data[start : start + RECORD_BYTES]
+        if record == _BLANK[: len(record)]:
+            continue
+        n_records += 1
+        if len(record) < RECORD_BYTES:
+            n_damaged += 1
+            continue
+        body = record[: _RECORD.size]
+        (checksum,) = _CHECKSUM.unpack_from(record, _RECORD.size)
         if checksum != xxhash.xxh3_64_intdigest(body, epoch):
             n_damaged += 1
             continue
@@ -99,7 +109,7 @@ def read_records(data: bytes, epoch: int) -> tuple[dict[int, Entry], int, int]:
             if key in slot_of:
                 del live[slot_of[key]]
             live[slot], slot_of[key] = Entry(slot, key, page_checksum), slot
-    return live, n_records, n_damaged + (torn_bytes > 0)
+    return live, n_records, n_damaged
 
 
 class SlabIndex:
@@ -111,7 +121,8 @@ class SlabIndex:
         self.live: dict[int, Entry] = {}
         self._header = header
         self._fd = -1
-        self._size = 0
+        self._size = 0  # up to the last record
+        self._file_size = 0  # with the zeros behind it
 
     @classmethod
     def create(cls, path: Path, geometry: Geometry) -> SlabIndex:
@@ -148,12 +159,15 @@ class SlabIndex:
         if not records:
             return
         try:
-            _write_all(self._fd, records, self._size)
+            end = self._size + len(records)
+            blank = bytes(_CHUNK_BYTES if end > self._file_size else 0)
+            _write_all(self._fd, records + blank, self._size)
             sync_data(self._fd)
         except OSError:
-            os.ftruncate(self._fd, self._size)  # half a record would shift all later ones
+            with contextlib.suppress(OSError):
+                _write_all(self._fd, bytes(len(records)), self._size)
             raise
-        self._size += len(records)
+        self._size, self._file_size = end, max(self._file_size, end + len(blank))
         for slot in empty:
             self.live.pop(slot, None)
         for entry in holds:
@@ -173,10 +187,11 @@ class SlabIndex:
     def rewrite(self, entries: list[Entry]) -> None:
         """Replace the file, atomically, by one that holds `entries` alone, oldest first."""
         data = self._header + b"".join([self._record(_HOLDS, entry) for entry in entries])
+        blank = bytes(_CHUNK_BYTES)
         beside = self.path.with_name(self.path.name + ".new")
         fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            _write_all(fd, data, 0)
+            _write_all(fd, data + blank, 0)
             os.fsync(fd)
             beside.rename(self.path)
         except OSError:
@@ -184,7 +199,7 @@ class SlabIndex:
             beside.unlink(missing_ok=True)
             raise
         self.close()
-        self._fd, self._size = fd, len(data)
+        self._fd, self._size, self._file_size = fd, len(data), len(data) + len(blank)
         self.live = {entry.slot: entry for entry in entries}
         sync_folder(self.path.parent)
 

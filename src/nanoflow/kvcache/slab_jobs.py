@@ -88,19 +88,22 @@ class Worker(ABC):
         self._thread.join()
 
     def _loop(self) -> None:
-        going = True
-        while going:
-            group: list[Job] = []
-            n_bytes = 0
-            while not group or (n_bytes < _GROUP_BYTES and not self._jobs.empty()):
-                job = self._jobs.get()
-                if job is None:
-                    going = False
-                    break
+        while (first := self._jobs.get()) is not None:
+            group = [first]
+            n_bytes = len(first.keys) * self._page_bytes
+            while n_bytes < _GROUP_BYTES and (job := self._another()) is not None:
                 group.append(job)
                 n_bytes += len(job.keys) * self._page_bytes
-            if group:
-                self._round(group)
+            self._round(group)
+
+    def _another(self) -> Job | None:
+        """A further job, if one is waiting."""
+        if self._jobs.empty():  # this thread alone takes jobs out
+            return None
+        job = self._jobs.get()
+        if job is None:
+            self._jobs.put(None)  # the end is for `_loop` to see
+        return job
 
     def _round(self, group: list[Job]) -> None:
         self._busy_since = time.perf_counter()

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from nanoflow.kvcache.ssd_io import Finish, Start
+from nanoflow.kvcache.ssd_io import Finish, Pull, Request, Span, Start
 
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}  # io_setup, io_destroy, io_getevents, io_submit
 _IOCB_CMD_PREAD, _IOCB_CMD_PWRITE = 0, 1
@@ -60,34 +60,32 @@ class LinuxAio:
             if code != errno.EINTR:
                 raise OSError(code, os.strerror(code))
 
-    def run(self, write: bool, count: int, start: Start, finish: Finish) -> None:
+    def run(self, write: bool, pull: Pull[Request], start: Start[Request], finish: Finish[Request]) -> None:
         """See `PageIo.run`."""
         lanes = list(range(self.depth - 1, -1, -1))
-        requests = [0] * self.depth
-        spans: list[object] = [None] * self.depth  # keeps buffers alive while the kernel uses them
+        under_way: dict[int, tuple[Request, Span]] = {}  # by lane; keeps buffers alive while the kernel uses them
         self._iocbs["opcode"] = _IOCB_CMD_PWRITE if write else _IOCB_CMD_PREAD
-        begun = 0
-        while begun < count or len(lanes) < self.depth:
-            while lanes and begun < count:
-                lane, request = lanes.pop(), begun
-                begun += 1
+        while True:
+            while lanes and (request := pull()) is not None:
+                lane = lanes.pop()
                 span = start(request, lane)
                 iocb = self._iocbs[lane]
                 iocb["fd"], iocb["offset"], iocb["n_bytes"] = span.fd, span.offset, span.buffer.nbytes
                 iocb["buffer"] = span.buffer.__array_interface__["data"][0]
-                requests[lane], spans[lane] = request, span
+                under_way[lane] = request, span
                 try:
                     self._call(self._submit, self._context, 1, int(self._pointers[lane : lane + 1].ctypes.data))
                 except OSError as error:
-                    lanes.append(lane)
+                    del under_way[lane]
                     finish(request, lane, error.errno or errno.EIO)
-            if len(lanes) < self.depth:
-                for lane, result in self._wait():
-                    wanted = int(self._iocbs[lane]["n_bytes"])
-                    code = 0 if result == wanted else -result if result < 0 else errno.EIO
-                    finish(requests[lane], lane, code)
-                    spans[lane] = None
                     lanes.append(lane)
+            if not under_way:
+                return
+            for lane, result in self._wait():
+                request, span = under_way.pop(lane)
+                code = 0 if result == span.buffer.nbytes else -result if result < 0 else errno.EIO
+                finish(request, lane, code)
+                lanes.append(lane)
 
     def _wait(self) -> list[tuple[int, int]]:
         """(lane, bytes or -errno) of at least one request that has ended."""

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -34,10 +34,14 @@ class Span(NamedTuple):
     buffer: UInt8Array
 
 
-Start = Callable[[int, int], Span]
+Request = TypeVar("Request")
+Pull = Callable[[], Request | None]
+"""The next request; None if there is none just now. Called again while others are under way. One call at a time."""
+
+Start = Callable[[Request, int], Span]
 """(request, lane) → its span. A lane in [0, depth) is one request's at a time: use it to choose a staging buffer."""
 
-Finish = Callable[[int, int, int], None]
+Finish = Callable[[Request, int, int], None]
 """(request, lane, errno or 0): the request has ended; a short transfer counts as EIO."""
 
 
@@ -47,8 +51,8 @@ class PageIo(Protocol):
     name: str
     depth: int
 
-    def run(self, write: bool, count: int, start: Start, finish: Finish) -> None:
-        """Carry out requests 0 … count-1, at most `depth` at once, and return when all have ended.
+    def run(self, write: bool, pull: Pull[Request], start: Start[Request], finish: Finish[Request]) -> None:
+        """Carry out requests, at most `depth` at once, until there are no more and all have ended.
 
         Callbacks may come from several threads (each for its own lane) and must not raise.
         """
@@ -66,19 +70,19 @@ class ThreadedIo:
         self.depth = depth
         self._pool = ThreadPoolExecutor(depth, thread_name_prefix="kv-ssd")
 
-    def run(self, write: bool, count: int, start: Start, finish: Finish) -> None:
-        pending = iter(range(count))
+    def run(self, write: bool, pull: Pull[Request], start: Start[Request], finish: Finish[Request]) -> None:
+        """See `PageIo.run`."""
         lock = threading.Lock()
 
         def work(lane: int) -> None:
             while True:
                 with lock:
-                    request = next(pending, None)
+                    request = pull()
                 if request is None:
                     return
                 finish(request, lane, _carry_out(write, start(request, lane)))
 
-        for future in [self._pool.submit(work, lane) for lane in range(min(self.depth, count))]:
+        for future in [self._pool.submit(work, lane) for lane in range(self.depth)]:
             future.result()
 
     def close(self) -> None:

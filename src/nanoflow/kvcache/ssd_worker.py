@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections import deque
 
 import xxhash
 
@@ -17,6 +18,9 @@ from nanoflow.kvcache.slab_index import Entry, SlabIndex
 from nanoflow.kvcache.slab_jobs import CORRUPT, Job, Worker
 from nanoflow.kvcache.ssd_io import PageIo, Span, aligned_rows, is_aligned
 from nanoflow.kvcache.tier import UInt8Array
+
+_MAX_JOBS = 1000
+"""Jobs that one round of the reader takes in at most, so that its lists end some time."""
 
 
 class SsdWorker(Worker):
@@ -71,8 +75,8 @@ class Writer(SsdWorker):
         return True
 
     def _write(self, work: list[tuple[Job, int]]) -> None:
-        def start(request: int, lane: int) -> Span:
-            job, i = work[request]
+        def start(request: tuple[Job, int], lane: int) -> Span:
+            job, i = request
             row = job.rows[i]
             buffer = self._buffer(row, lane)
             if buffer is not row:
@@ -80,11 +84,12 @@ class Writer(SsdWorker):
             job.checksums[i] = xxhash.xxh3_64_intdigest(buffer[: row.nbytes].data)
             return Span(*self._files.locate(int(job.slots[i])), buffer)
 
-        def finish(request: int, lane: int, code: int) -> None:
-            job, i = work[request]
+        def finish(request: tuple[Job, int], lane: int, code: int) -> None:
+            job, i = request
             job.codes[i] = code
 
-        self._io.run(True, len(work), start, finish)
+        requests = iter(work)
+        self._io.run(True, lambda: next(requests, None), start, finish)
 
 
 class Reader(SsdWorker):
@@ -94,18 +99,26 @@ class Reader(SsdWorker):
         super().__init__("kv-ssd-reader", io, files, page_bytes, slot_bytes)
 
     def _carry_out(self, group: list[Job]) -> None:
-        work = [(job, i) for job in group for i in range(len(job.keys))]
+        work = deque((job, i) for job in group for i in range(len(job.keys)))
         buffers: list[UInt8Array] = [self._staging[0]] * self._io.depth
         left = {id(job): len(job.keys) for job in group}
         lock = threading.Lock()
 
-        def start(request: int, lane: int) -> Span:
-            job, i = work[request]
+        def pull() -> tuple[Job, int] | None:
+            """Jobs that come meanwhile join in, so that the queue never runs dry between two."""
+            if not work and len(group) < _MAX_JOBS and (job := self._another()) is not None:
+                group.append(job)
+                left[id(job)] = len(job.keys)
+                work.extend((job, i) for i in range(len(job.keys)))
+            return work.popleft() if work else None
+
+        def start(request: tuple[Job, int], lane: int) -> Span:
+            job, i = request
             buffers[lane] = self._buffer(job.rows[i], lane)
             return Span(*self._files.locate(int(job.slots[i])), buffers[lane])
 
-        def finish(request: int, lane: int, code: int) -> None:
-            job, i = work[request]
+        def finish(request: tuple[Job, int], lane: int, code: int) -> None:
+            job, i = request
             page = buffers[lane][: self._page_bytes]
             if code == 0 and xxhash.xxh3_64_intdigest(page.data) != int(job.checksums[i]):
                 code = CORRUPT
@@ -118,4 +131,4 @@ class Reader(SsdWorker):
             if done:
                 self._end(job)
 
-        self._io.run(False, len(work), start, finish)
+        self._io.run(False, pull, start, finish)
