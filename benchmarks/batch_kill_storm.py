@@ -71,7 +71,7 @@ def run(folder: Path, requests: int, kills: int, seed: int, options: Sequence[st
     held: set[str] = set()
     at_kill, kept = [], True
     for _ in range(kills):
-        killed = _kill_midway([*command, str(stormy), *options], stormy, chance.random() * calm_s / (kills + 1))
+        killed = kill_midway([*command, str(stormy), *options], stormy, chance.random() * calm_s / (kills + 1))
         now = whole_lines(stormy)
         kept = kept and held <= now
         held = now
@@ -100,7 +100,7 @@ def _seconds(output: Path) -> float:
     return float(json.loads(done.stdout)["seconds"])
 
 
-def _kill_midway(command: list[str], output: Path, delay_s: float) -> bool:
+def kill_midway(command: list[str], output: Path, delay_s: float) -> bool:
     """Start, wait until it adds answers, then `delay_s` longer, and kill. False if it ended before."""
     before = output.stat().st_size if output.exists() else 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
