@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,6 +51,28 @@ def test_stage1_is_optimal(graph: LayerGraph) -> None:
         assert found.optimal and found.bound_us == pytest.approx(exact, rel=NEAR)
 
     run()
+
+
+@SLOW
+@given(problem=problems(CHAIN, (0.3, 1.0)), boundary=st.integers(1, BATCH - 1))
+def test_unequal_pieces_run_in_any_order(problem: Problem, boundary: int) -> None:
+    ordered = build(CHAIN, cut(CHAIN, boundary))
+    instance = replace(ordered, any_order=True)
+    exact = brute_force_stage1(problem, instance).period_us
+    found = solve_stage1(problem, [instance]).schedule
+    assert found.period_us == pytest.approx(exact, rel=NEAR)
+    assert exact <= brute_force_stage1(problem, ordered).period_us * (1 + NEAR)
+
+
+@SLOW
+@given(problem=problems(PAIR), boundary=st.integers(1, BATCH - 1))
+def test_stage2_is_optimal_for_pieces_in_any_order(problem: Problem, boundary: int) -> None:
+    instance = replace(build(PAIR, cut(PAIR, boundary)), any_order=True)
+    first = solve_stage1(problem, [instance]).schedule
+    found = solve_stage2(one_at_a_time(first), instance)
+    assert found is not None
+    assert found.schedule.period_us == pytest.approx(brute_force_stage2(problem, instance).period_us, rel=NEAR)
+    check_runs_as_predicted(problem, found.schedule)
 
 
 @SLOW

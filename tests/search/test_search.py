@@ -23,7 +23,8 @@ from nanoflow.search.relaxation import relax
 from nanoflow.search.rotation import offsets, turns_of, whole_layer
 from nanoflow.search.schedule import sequential_schedule
 from nanoflow.search.search import SearchLimits, best_gain, search, sequential_candidate
-from nanoflow.search.stage2 import solve_stage2
+from nanoflow.search.stage1 import solve_stage1
+from nanoflow.search.stage2 import one_at_a_time, solve_stage2
 from tests.search.tiny import CHAIN, table
 
 pytest.importorskip("highspy", reason="the search needs HiGHS")
@@ -127,6 +128,23 @@ def test_the_time_limit_is_honoured() -> None:
     found = search(paper_problem(step=128, max_nano_ops=4), SearchLimits(seconds=3))
     assert time.monotonic() - began < 20
     assert found[-1].pipeline.name == "sequential"
+
+
+def test_prompts_may_overtake_decode_tokens_that_wait_for_their_attention() -> None:
+    """Decode rows first: all products of the other rows fit beside decode attention, which the decode rows wait for."""
+    curves = {Resource.MEMORY: ((0.1, 1.0),)}
+    graph = layer_graph(PRESETS["smollm2"])
+    times = dict.fromkeys(graph.ops, (2.0, 16.0)) | {Op.DECODE_ATTENTION: (4.0, 50.0), Op.PREFILL_ATTENTION: (1.0, 2.0)}
+    shares = (0.1, 0.9, 1.0)
+    problem = Problem(graph, table(times, curves), RowMix(8, 4), step=4, max_nano_ops=2, shares=shares)
+    best = search(problem, SearchLimits(best=1))[0]
+    ordered = build(graph, Layout(8, dict.fromkeys(graph.ops, (4,))))
+    start = one_at_a_time(solve_stage1(problem, [ordered]).schedule)
+    in_row_order = solve_stage2(start, ordered)
+    assert in_row_order is not None
+    assert best.period_us < 0.95 * in_row_order.schedule.period_us
+    order = [(nano.op, nano.start) for nano in best.pipeline.nano_ops]
+    assert order.index((Op.O, 4)) < order.index((Op.O, 0))
 
 
 def test_no_overlap_where_it_does_not_pay() -> None:

@@ -46,13 +46,14 @@ class Instance:
     exactly one form and leaves out the tasks of the others). Without choices every task runs.
 
     `behind` has the layers by which each task is behind the round that it runs in (none: all 0). `reads` count in
-    rounds.
+    rounds. With `any_order` the pieces of an op may run in any order, not only that of their rows.
     """
 
     tasks: tuple[NanoOp, ...]
     reads: tuple[Precedence, ...]
     choices: tuple[tuple[tuple[int, ...], ...], ...] = ()
     behind: tuple[int, ...] = ()
+    any_order: bool = False
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -69,7 +70,7 @@ class Instance:
         by = [late - self.lag(task) for task, late in enumerate(behind)]
         reads = tuple(Precedence(e.before, e.after, e.back + by[e.after] - by[e.before]) for e in self.reads)
         assert all(edge.back >= 0 for edge in reads), "a task would run before what it reads"
-        return Instance(self.tasks, reads, self.choices, tuple(behind))
+        return Instance(self.tasks, reads, self.choices, tuple(behind), self.any_order)
 
     def by_resource(self) -> dict[Resource, list[int]]:
         """Tasks of each resource in use."""
@@ -100,11 +101,13 @@ class Instance:
             Precedence(new[e.before], new[e.after], e.back) for e in self.reads if {e.before, e.after} <= set(new)
         )
         behind = tuple(self.behind[index] for index in kept) if self.behind else ()
-        return Instance(tuple(self.tasks[index] for index in kept), reads, (), behind)
+        return Instance(tuple(self.tasks[index] for index in kept), reads, (), behind, self.any_order)
 
     @cached_property
     def row_order(self) -> tuple[Precedence, ...]:
-        """Pieces of one op run in the order of their rows: a search for other orders would only rename nano-batches."""
+        """Pieces of one op run in the order of their rows, where other orders would only rename nano-batches."""
+        if self.any_order:
+            return ()
         pieces: dict[Op, list[int]] = {}
         for index, task in enumerate(self.tasks):
             pieces.setdefault(task.op, []).append(index)
@@ -162,11 +165,10 @@ def build(graph: LayerGraph, layout: Layout) -> Instance:
     return Instance(tasks, reads, tuple(choices))
 
 
-def families(graph: LayerGraph, layouts: Iterable[Layout]) -> list[list[Instance]]:
-    """Instances of `layouts`, grouped by the pattern in which their tasks read each other."""
+def families(instances: Iterable[Instance]) -> list[list[Instance]]:
+    """`instances`, grouped by the pattern in which their tasks read each other."""
     groups: dict[object, list[Instance]] = {}
-    for layout in layouts:
-        instance = build(graph, layout)
-        pattern = (tuple(task.op for task in instance.tasks), instance.reads, instance.choices)
+    for instance in instances:
+        pattern = (tuple(task.op for task in instance.tasks), instance.reads, instance.choices, instance.any_order)
         groups.setdefault(pattern, []).append(instance)
     return list(groups.values())

@@ -173,12 +173,12 @@ class _Search:
         for layout in layouts:
             if self.left_s <= 0:
                 return
-            instance = build(self.problem.graph, layout)
+            instance = self._instance(layout)
             bound = relax(self.problem, instance).bound_us
             if bound < self.cutoff_us:
                 promising.append((round(bound / self.best_us, 3), _imbalance(layout), layout, instance, bound))
         ranked = sorted(promising, key=lambda item: (item[0], item[1], repr(item[2].key)))
-        for family in families(self.problem.graph, [item[2] for item in ranked]):
+        for family in families(item[3] for item in ranked):
             if self.left_s > 0 and len(family) > 1:
                 self._stage1(family, note)  # all sizes at once: tells how good the round can become
         for _, _, layout, instance, bound in ranked:
@@ -186,6 +186,12 @@ class _Search:
                 return
             if bound < self.cutoff_us:
                 self._solve(layout, instance, bound, f"{note} {_sizes(layout)}")
+
+    def _instance(self, layout: Layout) -> Instance:
+        """Equal nano-batches run in row order: any other would only rename them. For others the order matters."""
+        instance = build(self.problem.graph, layout)
+        equal = turns_of(self.problem, layout, instance) is not None
+        return replace(instance, any_order=not equal)
 
     def _solve(self, layout: Layout, instance: Instance, bound_us: float, note: str) -> None:
         began = time.monotonic()
