@@ -1,9 +1,9 @@
 """The search: sizes from coarse to fine, stage 1 and stage 2 for each that could still win, the best pipelines out.
 
 Sizes are tried in rounds: the whole batch, two nano-batches, three, … and then finer pieces of single ops beside
-bubbles. Equal nano-batches also take turns across layers (`rotation`), which is solved first. Three lower bounds decide what is worth solving: the relaxation of stage 2, the period without interference
-(stage 1), and the MILP's own. A round that brings nothing ends the growth. The sequential pipeline is always among the
-answers.
+bubbles. Equal nano-batches also take turns across layers (`rotation`), which is solved first. Three lower bounds decide
+what is worth solving: the relaxation of stage 2, the period without interference (stage 1), and the MILP's own. A round
+that brings nothing ends the growth. The sequential pipeline is always among the answers.
 """
 
 from __future__ import annotations
