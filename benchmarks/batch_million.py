@@ -4,7 +4,8 @@ of the engine's own time?
 The whole path of `nanoflow batch run` is run (survey, journal, windows, checks, tokenizer, engine thread, answers) with
 the null model of `engine_overhead.py`. Printed are the span of the resident memory while the job runs, requests per
 second, and CPU time of schedule and retire, beside the same requests driven by a plain loop without a job. Iterations
-differ in size (the loop keeps every place taken), so the time a request is what can be compared.
+differ in size: with answers of 8 tokens an eighth of the requests changes in each, and the job cannot keep all places
+taken as the loop does. `--answer-tokens 128` is nearer to service, and to what `engine_overhead.py` measures.
 
     python benchmarks/batch_million.py                                   # a million, some minutes
     python benchmarks/batch_million.py --folder DIR --seconds 200        # stop after a while; again to go on
@@ -50,7 +51,6 @@ from nanoflow.server.batch_responder import offline_responder
 from nanoflow.text.byte_tokenizer import ByteTokenizer
 
 RUNNING, DENSE_BATCH, MAX_MODEL_LEN, PAGE_TOKENS = 1000, 2048, 256, 16
-ANSWER_TOKENS = 8
 LIMIT_MB = 50.0
 SECONDS_BETWEEN_SAMPLES = 0.5
 IDENTITY = {"model": "null"}
@@ -117,11 +117,11 @@ def null_engine(times: Times) -> AsyncLLM:
     return AsyncLLM(engine)
 
 
-def make_input(path: Path, n: int) -> None:
+def make_input(path: Path, n: int, answer_tokens: int) -> None:
     """`n` completions of a few bytes."""
     with path.open("w", encoding="ascii") as file:
         for i in range(n):
-            body = f'{{"prompt": "{i} and", "max_tokens": {ANSWER_TOKENS}, "temperature": 0}}'
+            body = f'{{"prompt": "{i} and", "max_tokens": {answer_tokens}, "temperature": 0}}'
             file.write(f'{{"custom_id": "{i}", "method": "POST", "url": "/v1/completions", "body": {body}}}\n')
 
 
@@ -146,18 +146,18 @@ async def run_job(job: BatchJob, engine: AsyncLLM, seconds: float, samples: list
         await running
 
 
-def plain_loop(iterations: int) -> dict[str, Any]:
+def plain_loop(iterations: int, answer_tokens: int) -> dict[str, Any]:
     """The overhead of the same requests, driven by `EngineCore.step` alone."""
     times = Times()
     scheduler = scheduler_with(times)
     work = WorkCounter(iteration_work(preset(MODEL), "bfloat16"))
     core = EngineCore(scheduler, NullModel(), work, asynchronous=True)
-    params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
+    params = SamplingParams(temperature=0.0, max_tokens=answer_tokens)
     in_flight, made = None, 0
     while len(times.retire) < iterations:
         while core.scheduler.n_running + core.n_queued < 2 * RUNNING:
             made += 1
-            core.add(Sequence(Request(str(made), tuple(b"%d and" % made), params, ANSWER_TOKENS, seed=made)))
+            core.add(Sequence(Request(str(made), tuple(b"%d and" % made), params, answer_tokens, seed=made)))
         in_flight = core.step(in_flight)
     return overhead(scheduler)
 
@@ -175,12 +175,19 @@ def overhead(scheduler: ThreadTimedScheduler) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, requests: int, seconds: float) -> dict[str, Any]:
+def running_requests(engine: AsyncLLM) -> float:
+    """Median of the requests in an iteration."""
+    model = engine.engine.core._launcher
+    assert isinstance(model, NullModel)
+    return float(np.median(model.requests))
+
+
+def measure(folder: Path, requests: int, answer_tokens: int, seconds: float) -> dict[str, Any]:
     """One piece of the job in `folder` (made if it is empty)."""
     source = folder / "in.jsonl"
     if not source.exists():
-        make_input(source, requests)
-    alone = plain_loop(1000)
+        make_input(source, requests, answer_tokens)
+    alone = plain_loop(1000, answer_tokens)
     engine = null_engine(Times())
     scheduler = engine.engine.core.scheduler
     assert isinstance(scheduler, ThreadTimedScheduler)
@@ -217,7 +224,7 @@ def measure(folder: Path, requests: int, seconds: float) -> dict[str, Any]:
             "span": round(max(steady) - min(steady), 1),
         },
         "plain_loop": alone,
-        "batch": overhead(scheduler),
+        "batch": overhead(scheduler) | {"running": running_requests(engine)},
         "samples": [(round(at, 1), done, round(mb, 1)) for at, done, mb in samples[:: max(1, len(samples) // 40)]],
     }
 
@@ -226,6 +233,7 @@ def main() -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1_000_000, help="lines of the input (default a million)")
+    parser.add_argument("--answer-tokens", type=int, default=8, help="tokens of an answer (default 8)")
     parser.add_argument("--folder", type=Path, help="work here and leave the files; a begun job goes on")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many seconds")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -233,7 +241,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="batch-million-") as name:
         folder = options.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        found = measure(folder, options.requests, options.seconds)
+        found = measure(folder, options.requests, options.answer_tokens, options.seconds)
     if options.json:
         print(json.dumps(found))
     else:
