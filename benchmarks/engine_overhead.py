@@ -97,7 +97,7 @@ class Load:
         self.made += 1
         request = Request(
             request_id=str(self.made),
-            prompt_token_ids=tuple(range(10, 10 + PROMPT_TOKENS)),
+            prompt_token_ids=tuple(self.rng.integers(10, 30_000, PROMPT_TOKENS).tolist()),
             params=self.params,
             max_tokens=int(self.rng.integers(*ANSWER_TOKENS)),
             seed=self.made,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow.kvcache.chain import page_keys, root_key, salted_root, tail_key
+from nanoflow.kvcache.chain import begin, page_keys, root_key, salted_root, tail_key
 from nanoflow.kvcache.tier import KEY_BYTES
 
 ROOT = root_key("model", "revision")
@@ -15,7 +15,7 @@ tokens_strategy = st.lists(st.integers(0, 3), max_size=24)
 
 
 def keys_of(tokens: list[int], page_tokens: int, root: bytes = ROOT) -> list[bytes]:
-    return page_keys(root, np.array(tokens, dtype=np.int32), page_tokens)
+    return page_keys(begin(root), np.array(tokens, dtype=np.int32), page_tokens)
 
 
 @settings(max_examples=200, deadline=None)
@@ -32,9 +32,10 @@ def test_names_are_equal_exactly_where_all_tokens_up_to_there_are(
 
 
 def test_a_chain_can_be_continued() -> None:
-    tokens = list(range(100, 148))
-    whole, begun = keys_of(tokens, 16), keys_of(tokens[:16], 16)
-    assert begun + keys_of(tokens[16:], 16, begun[-1]) == whole
+    tokens = np.arange(100, 148, dtype=np.int32)
+    history = begin(ROOT)
+    parts = [*page_keys(history, tokens[:16], 16), *page_keys(history, tokens[16:], 16)]
+    assert parts == keys_of(tokens.tolist(), 16)
 
 
 @pytest.mark.parametrize(
@@ -60,5 +61,7 @@ def test_salts_are_told_apart() -> None:
 
 def test_a_tail_is_never_a_full_page() -> None:
     tokens = np.arange(4, dtype=np.int32)
-    assert tail_key(ROOT, tokens) != page_keys(ROOT, tokens, 4)[0]
-    assert tail_key(ROOT, tokens) != tail_key(ROOT, tokens[:3])
+    history = begin(ROOT)
+    tails = [tail_key(history, tokens[:n]) for n in range(4)]
+    assert len({*tails, *page_keys(history, tokens, 4)}) == 5
+    assert tail_key(begin(ROOT), tokens[:3]) == tails[3], "naming a tail changes no history"

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from nanoflow.kvcache.chain import page_keys, root_key
+from nanoflow.kvcache.chain import begin, page_keys, root_key
 from nanoflow.kvcache.pages import PagePool
 
 N_PAGES = 10
@@ -45,7 +45,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=6))
     def start(self, tokens: list[int]) -> None:
         """A request takes its longest cached prefix and computes the rest."""
-        keys = page_keys(ROOT, np.array(tokens, dtype=np.int32), 1)
+        keys = page_keys(begin(ROOT), np.array(tokens, dtype=np.int32), 1)
         shared = self.pool.lookup(keys)
         wanted = 0
         while wanted < len(tokens) and tuple(tokens[: wanted + 1]) in self.cached:
@@ -110,7 +110,7 @@ TestPool.settings = settings(max_examples=80, stateful_step_count=40, deadline=N
 
 
 def keys_of(*tokens: int) -> list[bytes]:
-    return page_keys(ROOT, np.array(tokens, dtype=np.int32), 1)
+    return page_keys(begin(ROOT), np.array(tokens, dtype=np.int32), 1)
 
 
 def test_equal_pages_computed_twice_are_kept_once() -> None:

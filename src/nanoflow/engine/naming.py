@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nanoflow.core.batch import Int32Array
 from nanoflow.engine.sequence import Sequence
-from nanoflow.kvcache.chain import page_keys, salted_root
+from nanoflow.kvcache.chain import RunningHash, begin, page_keys, salted_root, tail_key
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,18 @@ class PageNames:
         if len(keys) < n_pages:
             page = self.page_tokens
             tokens = sequence.known_ids()[len(keys) * page : n_pages * page]
-            keys += page_keys(self.parent(sequence, len(keys)), tokens, page)
+            keys += page_keys(self._history(sequence), tokens, page)
         return keys
 
-    def parent(self, sequence: Sequence, n_pages: int) -> bytes:
-        """What the name of page number `n_pages` begins with."""
-        return sequence.page_keys[n_pages - 1] if n_pages else salted_root(self.root, sequence.request.cache_salt)
+    def tail(self, sequence: Sequence, tokens: Int32Array) -> bytes:
+        """Name of a half-full page with `tokens`, after the pages that have been named."""
+        return tail_key(self._history(sequence), tokens)
+
+    def _history(self, sequence: Sequence) -> RunningHash:
+        """The hash of the pages that have been named."""
+        if sequence.history is None:
+            sequence.history = begin(salted_root(self.root, sequence.request.cache_salt))
+        return sequence.history
 
     def reusable_pages(self, sequence: Sequence) -> int:
         """Full pages that may come from a cache."""

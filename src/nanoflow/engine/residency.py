@@ -19,7 +19,6 @@ from nanoflow.engine.loading import PageLoader
 from nanoflow.engine.naming import PageNames, reusable_tokens
 from nanoflow.engine.sequence import Sequence
 from nanoflow.engine.table import RequestTable
-from nanoflow.kvcache.chain import tail_key
 from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
@@ -193,9 +192,9 @@ class Residency:
             self.pool.name(self.names.keys(sequence, last)[first:last], held[: last - first])
         if sequence.choices is not None and sequence.choices.leader is sequence and stop == int(table.target[slot]):
             sequence.choices.computed_at = self._iteration
-            if stop % page:
+            if stop % page and last == len(sequence.page_keys):
                 tokens = sequence.known_ids()[last * page : stop - 1]
-                self.pool.insert_tail(tail_key(self.names.parent(sequence, last), tokens), int(held[-1]))
+                self.pool.insert_tail(self.names.tail(sequence, tokens), int(held[-1]))
 
     def release(self, slot: int) -> None:
         """Take all pages from `slot`; full ones stay as cache. What in-flight batches write to them is counted in."""
@@ -258,7 +257,7 @@ class Residency:
         if sequence.choices is None or start >= known - 1:
             return None
         tokens = sequence.known_ids()[start : known - 1]
-        page = self.pool.lookup_tail(tail_key(self.names.parent(sequence, start // self.page_tokens), tokens))
+        page = self.pool.lookup_tail(self.names.tail(sequence, tokens))
         return None if page is None else self._copyable(page)
 
     def _copyable(self, page: int) -> int | None:

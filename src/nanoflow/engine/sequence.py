@@ -16,6 +16,7 @@ import numpy as np
 
 from nanoflow.core.batch import Int32Array, LogprobArrays
 from nanoflow.core.request import FinishReason, Logprob, Request, TokenLogprobs
+from nanoflow.kvcache.chain import RunningHash
 
 
 class StopWatch(Protocol):
@@ -86,6 +87,7 @@ class Sequence:
         self.n_scored = 0  # prompt positions whose log-probability is on its way or here
         self.n_computed = 0  # tokens whose KV was computed before the last preemption
         self.page_keys: list[bytes] = []  # names of the full pages of the known tokens, as far as they were needed
+        self.history: RunningHash | None = None  # of the tokens of these pages
         self.sought = False  # whether lower tiers were asked for its pages since it began to wait
         self.cached_tokens: int | None = None  # prompt tokens found in the cache on first admission
         self.on_end: Callable[[Sequence], None] | None = None  # told once, when nothing will be added any more

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 
 from nanoflow.core.batch import Int32Array
 from nanoflow.kvcache.allocator import PageAllocator
+
+_UNKNOWN = -1
 
 
 class PagePool:
@@ -25,7 +28,7 @@ class PagePool:
         self.evicted_pages = 0
         self._allocator = PageAllocator(n_pages)
         self._page_of: dict[bytes, int] = {}
-        self._key_of: list[bytes | None] = [None] * n_pages
+        self._key_of = np.full(n_pages, None, dtype=object)
         self._named = np.zeros(n_pages, dtype=bool)
         self._idle: OrderedDict[int, None] = OrderedDict()  # held by the index alone, least recently used first
         self._tails: dict[bytes, int] = {}
@@ -76,14 +79,9 @@ class PagePool:
 
     def lookup(self, keys: Sequence[bytes]) -> Int32Array:
         """Pages of the longest run of `keys`, from the first one on, that the index knows. No reference is taken."""
-        found: list[int] = []
-        page_of = self._page_of
-        for key in keys:
-            page = page_of.get(key)
-            if page is None:
-                break
-            found.append(page)
-        return np.array(found, dtype=np.int32)
+        pages = np.fromiter(map(self._page_of.get, keys, repeat(_UNKNOWN)), dtype=np.int32, count=len(keys))
+        unknown = np.flatnonzero(pages == _UNKNOWN)
+        return pages[: unknown[0]] if len(unknown) else pages
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._page_of
@@ -95,13 +93,12 @@ class PagePool:
         """
         if not self.caching:
             return pages
-        page_of, key_of = self._page_of, self._key_of
-        known = [page_of.setdefault(key, page) for key, page in zip(keys, pages.tolist(), strict=True)]
-        named = np.array(known, dtype=np.int32)
-        places = np.flatnonzero((named == pages) & ~self._named[pages])
-        fresh = pages[places]
-        for place, page in zip(places.tolist(), fresh.tolist(), strict=True):
-            key_of[page] = keys[place]
+        assert len(keys) == len(pages), "a key for each page"
+        known = map(self._page_of.setdefault, keys, pages.tolist())
+        named = np.fromiter(known, dtype=np.int32, count=len(keys))
+        new = (named == pages) & ~self._named[pages]
+        fresh = pages[new]
+        self._key_of[fresh] = np.fromiter(keys, dtype=object, count=len(keys))[new]
         self._allocator.share(fresh)
         self._named[fresh] = True
         return named
@@ -138,12 +135,10 @@ class PagePool:
 
     def _evict(self, count: int) -> None:
         pages = [self._idle.popitem(last=False)[0] for _ in range(count)]
-        for page in pages:
-            key = self._key_of[page]
-            assert key is not None
-            del self._page_of[key]
-            self._key_of[page] = None
         evicted = np.array(pages, dtype=np.int32)
+        for key in self._key_of[evicted].tolist():
+            del self._page_of[key]
+        self._key_of[evicted] = None
         self._named[evicted] = False
         self._forget_tails(evicted)
         self._allocator.release(evicted)
