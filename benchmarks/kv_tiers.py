@@ -33,7 +33,7 @@ from nanoflow.kvcache.ssd import QUEUE_DEPTH, SsdTier, open_ssd
 from nanoflow.kvcache.ssd_io import aligned_rows, open_io
 from nanoflow.kvcache.tier import UInt8Array
 
-BATCH_PAGES = 32
+BATCH_PAGES = 64
 BATCHES_UNDER_WAY = 4
 TARGETS = {"ssd write": 0.70, "ssd read": 0.70, "ssd randread": 0.70, "offload": 0.85, "reload": 0.85}
 
