@@ -52,6 +52,7 @@ def test_numbers_move_while_the_engine_works(open_page: OpenPage, size: tuple[in
         shows(page, "#bound-text", "of the compute bound of")
         assert page.get_by_role("meter", name="percent of the bound").get_attribute("aria-valuenow") != "0"
         assert "0 of 100 pages" in (page.locator("#kv").text_content() or "")
+        assert "No prompt token was found" in (page.locator("#kv-reuse").text_content() or "")
         assert "1 length" in (page.locator("#finished").text_content() or "")
         assert page.locator("#latency td").count() == 9
         assert visible(page, "#charts svg.chart") == 1

@@ -216,8 +216,9 @@ def test_sample_is_work_against_the_bound() -> None:
 
 def test_tiers_below_the_device_are_shown_after_it() -> None:
     tiers = (TierFill("dram", 3, 10), TierFill("ssd", 7, 100))
-    stats = {"kv_pages_used": 1, "kv_pages_total": 2, "kv_tiers": tiers}
-    got = sample(FakeEngine(), snapshot(1.0), snapshot(2.0, **stats))
+    stats = {"kv_pages_used": 1, "kv_pages_total": 2, "kv_tiers": tiers, "kv_hit_tokens": {"dram": 64}}
+    got = sample(FakeEngine(), snapshot(1.0), snapshot(2.0, kv_pages_cached=5, **stats))
+    assert (got["kv_pages_cached"], got["kv_hit_tokens"]) == (5, {"dram": 64})
     assert [(t["name"], t["used"], t["total"]) for t in got["kv"]] == [
         ("device", 1, 2),
         ("dram", 3, 10),

@@ -85,6 +85,8 @@ def sample(engine: Engine, earlier: Snapshot, later: Snapshot, *, bounded: bool 
             {"name": tier.name, "used": tier.pages, "total": tier.capacity_pages}
             for tier in (TierFill("device", stats.kv_pages_used, stats.kv_pages_total), *stats.kv_tiers)
         ],
+        "kv_pages_cached": stats.kv_pages_cached,
+        "kv_hit_tokens": dict(stats.kv_hit_tokens),
         "finished": dict(stats.finished),
         "preemptions": stats.preemptions,
     }

@@ -94,6 +94,9 @@ function show(now) {
     name: tier.name, share: tier.used / Math.max(1, tier.total),
     said: `${number(tier.used, 9)} of ${number(tier.total, 9)} pages`,
   })));
+  const hits = Object.entries(now.kv_hit_tokens).filter(([, count]) => count).map(([tier, count]) => `${number(count, 9)} from ${tier}`);
+  put("kv-reuse", `${number(now.kv_pages_cached, 9)} unused pages of the device are kept for reuse. ` +
+    (hits.length ? `Prompt tokens found, not computed: ${hits.join(", ")}.` : "No prompt token was found there yet."));
   put("running", number(now.running, 9));
   put("waiting", number(now.waiting, 9));
   const ended = Object.entries(now.finished).map(([reason, count]) => `${number(count, 9)} ${reason}`).join(", ") || "none";
