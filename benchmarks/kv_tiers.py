@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow.kvcache.dram import open_dram
-from nanoflow.kvcache.slab_jobs import Transfer
+from nanoflow.kvcache.slab_jobs import SlabTransfer
 from nanoflow.kvcache.ssd import QUEUE_DEPTH, SsdTier, open_ssd
 from nanoflow.kvcache.ssd_io import aligned_rows, open_io
 from nanoflow.kvcache.tier import UInt8Array
@@ -38,9 +38,9 @@ BATCHES_UNDER_WAY = 4
 TARGETS = {"ssd write": 0.70, "ssd read": 0.70, "ssd randread": 0.70, "offload": 0.85, "reload": 0.85}
 
 
-def under_way(transfers: Iterator[Transfer]) -> int:
+def under_way(transfers: Iterator[SlabTransfer]) -> int:
     """Keep several batches under way until the last has ended; the number of pages that went well."""
-    waiting: deque[Transfer] = deque()
+    waiting: deque[SlabTransfer] = deque()
     n_pages = 0
     for transfer in transfers:
         waiting.append(transfer)
@@ -154,7 +154,7 @@ def measure_dram(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         keys = [f"{number:8}{i:8}".encode() for i in range(n_pages)]
         for name, run in (("put", tier.put_many), ("get", tier.get_many)):
 
-            def ours(run: Callable[[Sequence[bytes], UInt8Array], Transfer] = run, keys: list[bytes] = keys) -> int:
+            def ours(run: Callable[[Sequence[bytes], UInt8Array], SlabTransfer] = run, keys: list[bytes] = keys) -> int:
                 starts = range(0, n_pages, BATCH_PAGES)
                 return under_way(
                     run(keys[start : start + BATCH_PAGES], host[start : start + BATCH_PAGES]) for start in starts

@@ -41,7 +41,7 @@ class Job:
         self.codes = np.zeros(len(self.keys), dtype=np.int64)
 
 
-class Transfer:
+class SlabTransfer:
     """What a caller holds of its pages' way: which of its rows travels as which page of which job."""
 
     def __init__(self, settle: Callable[[], None], known: BoolArray, parts: Sequence[tuple[int, Job, int]]) -> None:

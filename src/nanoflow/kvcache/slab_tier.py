@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nanoflow.core.log import get_logger
-from nanoflow.kvcache.slab_jobs import CORRUPT, Job, Transfer, Worker
+from nanoflow.kvcache.slab_jobs import CORRUPT, Job, SlabTransfer, Worker
 from nanoflow.kvcache.slab_table import Int64Array, SlotTable
 from nanoflow.kvcache.tier import BoolArray, TierStats, UInt8Array
 
@@ -52,7 +52,7 @@ class SlabTier:
         self.settle()
         self._table.touch(keys)
 
-    def put_many(self, keys: Sequence[bytes], pages: Sequence[UInt8Array]) -> Transfer:
+    def put_many(self, keys: Sequence[bytes], pages: Sequence[UInt8Array]) -> SlabTransfer:
         """See `Tier.put_many`."""
         self.settle()
         known = self._table.contains(keys)
@@ -68,9 +68,9 @@ class SlabTier:
             self._in_flight.update((key, (job, i)) for i, key in enumerate(taken))
             self._writer.submit(job)
         parts = [(row, *self._in_flight[key]) for row, key in enumerate(keys) if key in self._in_flight]
-        return Transfer(self.settle, known, parts)
+        return SlabTransfer(self.settle, known, parts)
 
-    def get_many(self, keys: Sequence[bytes], out: Sequence[UInt8Array]) -> Transfer:
+    def get_many(self, keys: Sequence[bytes], out: Sequence[UInt8Array]) -> SlabTransfer:
         """See `Tier.get_many`."""
         self.settle()
         all_slots = self._table.pin(keys)
@@ -80,7 +80,7 @@ class SlabTier:
             job = self._job([keys[row] for row in rows], all_slots[rows], [out[row] for row in rows])
             parts = [(row, job, i) for i, row in enumerate(rows)]
             self._reader.submit(job)
-        return Transfer(self.settle, np.zeros(len(keys), dtype=np.bool_), parts)
+        return SlabTransfer(self.settle, np.zeros(len(keys), dtype=np.bool_), parts)
 
     def evict(self, keys: Sequence[bytes]) -> int:
         """See `Tier.evict`."""
