@@ -71,14 +71,6 @@ class SlabFiles:
             path.unlink()
         return set(self._fds)
 
-    def slots_in_files(self) -> set[int]:
-        """Slots that lie within the files that are open, in full."""
-        slots: set[int] = set()
-        for number, fd in self._fds.items():
-            n_whole = (os.fstat(fd).st_size - ALIGNMENT) // self._slot_bytes
-            slots.update(self.slots_of_slab(number * self._per_slab)[: max(0, n_whole)])
-        return slots
-
     def locate(self, slot: int) -> tuple[int, int]:
         """(file descriptor, offset in bytes) of a slot whose file is open."""
         number, place = divmod(slot, self._per_slab)

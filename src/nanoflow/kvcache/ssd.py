@@ -87,8 +87,7 @@ class SsdTier(SlabTier):
 def _usable_entries(folder: Path, index: SlabIndex, files: SlabFiles) -> list[Entry]:
     """The index's entries that lie in files of the right size, oldest first; the index forgets all others."""
     files.open_existing()
-    slots = files.slots_in_files()
-    entries = [entry for entry in index.live.values() if entry.slot in slots]
+    entries = [entry for entry in index.live.values() if files.has_room(entry.slot)]
     if lost := len(index.live) - len(entries):
         log.warning("%s: %d of %d pages are not in its files any more", folder, lost, len(index.live))
         index.rewrite(entries)

@@ -89,9 +89,8 @@ def _verify(folder: Path, index: SlabIndex, progress: Callable[[int, int], None]
     n_slots = geometry.slots_per_slab * (1 + max((slab_number(path) for path in folder.glob(SLAB_GLOB)), default=0))
     files = SlabFiles(folder, geometry.slot_bytes, n_slots, index.epoch)
     files.open_existing()
-    in_files = files.slots_in_files()
-    entries = [entry for entry in index.live.values() if entry.slot in in_files]
-    bad = [entry.slot for entry in index.live.values() if entry.slot not in in_files]
+    entries = [entry for entry in index.live.values() if files.has_room(entry.slot)]
+    bad = [entry.slot for entry in index.live.values() if not files.has_room(entry.slot)]
     reader = Reader(open_io(QUEUE_DEPTH), files, geometry.page_bytes, geometry.slot_bytes)
     rows = aligned_rows(_BATCH_PAGES, geometry.slot_bytes)[:, : geometry.page_bytes]
     for start in range(0, len(entries), _BATCH_PAGES):
