@@ -164,6 +164,16 @@ def test_latency_is_cut_above_the_limit_and_says_so() -> None:
     assert [row[0] for row in section.tables[0].rows] == ["1", "2", "4", "8"]
     several = latency([made.online(), replace(made.online(), target="http://localhost:9")])
     assert isinstance(several, Figure) and len(several.tables) == 2
+    keys = [str(text.text) for text in charts_of(several)[1].iter("text") if text.get("class") == "key"]
+    assert keys[:4] == ["mean, nanoflow", "p99, nanoflow", "mean, localhost:9", "p99, localhost:9"]
+
+
+def test_results_with_other_limits_share_no_limit_line() -> None:
+    looser = made.online()
+    members = [replace(s, numbers={**s.numbers, "limit_s_per_token": 0.4}) for s in looser.series]
+    section = latency([made.online(), replace(looser, series=tuple(members))])
+    assert isinstance(section, Figure) and "limit of 200 ms and 400 ms a token" in section.lead.replace("\u202f", " ")
+    assert not [line for line in charts_of(section)[0].iter("line") if "bound" in str(line.get("class"))]
 
 
 def test_ablation_compares_with_sequential_and_names_what_does_not_apply() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from nanoflow.analysis.svg.axis import number, seconds
-from nanoflow.bench.report.figure import Draw, Figure, Missing, Section, Table, both, percent
+from nanoflow.bench.report.figure import Draw, Figure, Missing, Section, Table, both, listed, percent
 from nanoflow.bench.report.lines import Level, Line, Plot, draw_lines
 from nanoflow.bench.report.throughput import workload_label
 from nanoflow.bench.result import BenchKind, BenchResult, Series
@@ -27,14 +27,15 @@ def latency(results: Sequence[BenchResult]) -> Section:
     online = [(result, swept) for result, swept in online if swept]
     if not online:
         return Missing(KEY, TITLE, "needs a result of `nanoflow bench online MODEL --workload sharegpt -o FILE`")
-    limit_s = limit_of(online[0][1])
+    limits_s = list(dict.fromkeys(limit_of(swept) for _, swept in online))
     lead = (
         "Normalised latency is a request’s whole time over its output tokens; the mean of it must stay below the limit "
-        f"of {seconds(limit_s)} a token. Dashed lines are 99th percentiles; arrows stand for points above the axis."
+        f"of {listed([seconds(limit_s) for limit_s in limits_s])} a token. Dashed lines are 99th percentiles; arrows "
+        "stand for points above the axis."
     )
     charts = (
-        *both(_drawer(online, "normalised_latency", "Normalised latency", limit_s)),
-        *both(_drawer(online, "ttft", "Time to the first token", None)),
+        *both(_drawer(online, "normalised_latency", "Normalised latency, ms a token", limits_s)),
+        *both(_drawer(online, "ttft", "Time to the first token, ms", [])),
     )
     tables = tuple(_table(result, swept) for result, swept in online)
     notes = tuple(
@@ -57,25 +58,38 @@ def limit_of(swept: Sequence[Series]) -> float:
     return swept[0].numbers.get("limit_s_per_token", LIMIT_S)
 
 
-def _drawer(online: Sequence[Sweep], name: str, title: str, limit_s: float | None) -> Draw:
+def _drawer(online: Sequence[Sweep], name: str, title: str, limits_s: Sequence[float]) -> Draw:
+    """Mean and p99 of each result; the y axis is cut at the limit times `CUT`, the limit drawn if all have the same."""
     lines = []
-    for index, (result, swept) in enumerate(online):
+    for index, ((_, swept), label) in enumerate(zip(online, _short_labels(online), strict=True)):
         classes = CLASSES[index % len(CLASSES)]
-        label = f"{_label(result)}, " if len(online) > 1 else ""
         for summary, text, dash in ((f"{name}_mean_s", "mean", ""), (f"{name}_p99_s", "p99", " dash")):
             points = [(s.rate_rps or 0.0, 1e3 * s.numbers[summary]) for s in swept if summary in s.numbers]
             if points:
-                lines.append(Line(label + text, points, classes + dash))
-    level = None if limit_s is None else Level(1e3 * limit_s, f"limit of the mean, {number(1e3 * limit_s)} ms a token")
-    most = None if limit_s is None else CUT * 1e3 * limit_s
-    unit = "ms a token" if limit_s is not None else "ms"
-    plot = Plot(lines, "offered requests/s", f"{title}, {unit}", level, most=most)
-    return lambda width, classes: draw_lines(plot, width, classes, title=f"{title} against the request rate")
+                lines.append(Line(f"{text}, {label}" if label else text, points, classes + dash))
+    level = None
+    if len(limits_s) == 1:
+        level = Level(1e3 * limits_s[0], f"limit of the mean, {number(1e3 * limits_s[0])} ms a token")
+    most = CUT * 1e3 * max(limits_s) if limits_s else None
+    plot = Plot(lines, "offered requests/s", title, level, most=most)
+    name_of_it = f"{title.partition(',')[0]} against the request rate"
+    return lambda width, classes: draw_lines(plot, width, classes, title=name_of_it)
+
+
+def _short_labels(online: Sequence[Sweep]) -> list[str]:
+    """What tells the results apart: engines, workloads or both; nothing of a single one."""
+    engines = [_engine(result) for result, _ in online]
+    workloads = [workload_label(result) for result, _ in online]
+    parts = [column for column in (engines, workloads) if len(set(column)) > 1]
+    return [", ".join(label) for label in zip(*parts, strict=True)] if parts else [""] * len(online)
+
+
+def _engine(result: BenchResult) -> str:
+    return "nanoflow" if result.target == "in process" else result.target.removeprefix("http://")
 
 
 def _label(result: BenchResult) -> str:
-    where = "nanoflow" if result.target == "in process" else result.target
-    return f"{workload_label(result)}, {where}"
+    return f"{workload_label(result)}, {_engine(result)}"
 
 
 def _table(result: BenchResult, swept: Sequence[Series]) -> Table:
