@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nanoflow.core.batch import Int32Array
 from nanoflow.kvcache.chain import begin, page_keys, root_key, tail_key
 from nanoflow.kvcache.pages import PagePool
 
@@ -39,12 +40,14 @@ def measure(n_tokens: int, page_tokens: int, rounds: int) -> dict[str, dict[str,
         tokens = rng.integers(0, 100_000, n_tokens).astype(np.int32)
         pages = timed("allocate, evicting others' pages", lambda: pool.allocate(n_pages))
         assert isinstance(pages, np.ndarray)
-        timed(
-            "insert", lambda tokens=tokens, pages=pages: pool.adopt(page_keys(begin(root), tokens, page_tokens), pages)
-        )
-        found = timed("look-up", lambda tokens=tokens: pool.lookup(page_keys(begin(root), tokens, page_tokens)))
+
+        def name(tokens: Int32Array = tokens) -> list[bytes]:
+            return page_keys(begin(root), tokens, page_tokens)
+
+        timed("insert", lambda name=name, pages=pages: pool.adopt(name(), pages))
+        found = timed("look-up", lambda name=name: pool.lookup(name()))
         assert isinstance(found, np.ndarray) and len(found) == n_pages
-        keys = timed("  of which naming", lambda tokens=tokens: page_keys(begin(root), tokens, page_tokens))
+        keys = timed("  of which naming", name)
         assert isinstance(keys, list)
         timed("  of which looking up", lambda keys=keys: pool.lookup(keys))
         timed("share", lambda pages=pages: pool.share(pages))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from tests.server.conftest import running_server
 from tests.server.fake_engine import FakeEngine
+
+from nanoflow.core.stats import TierFill
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
@@ -53,6 +56,27 @@ def test_numbers_follow_the_engine_and_the_requests() -> None:
         assert responses[text, ("status", "500")] == 1
         assert responses[("path", "other"), ("status", "404")] == 1
         assert got["nanoflow_stream_errors_total", (("code", "engine_error"),)] == 1
+
+
+def test_tiers_and_hits_have_labels() -> None:
+    with running_server(FakeEngine()) as server, server.http() as http:
+        stats = server.engine.stats()
+        dram = TierFill("dram", 3, 10, read_bytes=7, read_s=0.5, written_bytes=9, evicted_pages=2, corrupt_pages=1)
+        changed = replace(stats, kv_tiers=(dram,), kv_hit_tokens={"dram": 48}, kv_pages_cached=5, kv_evicted_pages=4)
+        server.engine.stats = lambda: changed
+        got = scrape(http)
+    in_dram, on_device = (("tier", "dram"),), (("tier", "device"),)
+    assert got["nanoflow_kv_pages_cached", ()] == 5
+    assert got["nanoflow_kv_hit_tokens_total", in_dram] == 48
+    assert got["nanoflow_kv_hit_tokens_total", on_device] == 0
+    assert got["nanoflow_kv_evicted_pages_total", in_dram] == 2
+    assert got["nanoflow_kv_evicted_pages_total", on_device] == 4
+    assert got["nanoflow_kv_tier_pages", in_dram] == 3
+    assert got["nanoflow_kv_tier_capacity_pages", in_dram] == 10
+    assert got["nanoflow_kv_tier_read_bytes_total", in_dram] == 7
+    assert got["nanoflow_kv_tier_read_seconds_total", in_dram] == 0.5
+    assert got["nanoflow_kv_tier_written_bytes_total", in_dram] == 9
+    assert got["nanoflow_kv_tier_corrupt_pages_total", in_dram] == 1
 
 
 def test_energy_is_left_out_where_it_cannot_be_read(http: httpx.Client) -> None:

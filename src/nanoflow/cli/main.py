@@ -21,6 +21,7 @@ from nanoflow.cli import (
     chat,
     doctor,
     generate,
+    kv,
     models,
     pipeline,
     profile,
@@ -67,6 +68,7 @@ COMMANDS: dict[str, Command] = {
     "search": search,
     "tune": tune,
     "pipeline": pipeline,
+    "kv": kv,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
 from nanoflow.kvcache.policy import RecomputeCost, ReloadPolicy
 from nanoflow.kvcache.ssd import open_ssd
+from nanoflow.kvcache.ssd_folders import store_folder
 from nanoflow.models.registry import ModelFiles
 from nanoflow.pipeline.pipeline import Pipeline
 
@@ -83,23 +83,13 @@ def tiers_below(
     dram_bytes = cache.kv_dram_bytes or min(STAGING_BYTES, env.available_memory_bytes() // 8)
     ssd = None
     if cache.kv_ssd_path is not None:
-        folder = ssd_folder(Path(cache.kv_ssd_path), layout)
+        folder = store_folder(Path(cache.kv_ssd_path), layout)
         ssd = open_ssd(folder, cache.kv_ssd_bytes or _half_of_disk(folder), page_bytes, layout)
     dram = open_dram(dram_bytes, page_bytes, pin=mover.pin if mover.pins else None)
     mover.attach(dram.pool)
     cost = RecomputeCost(work.flops_per_token, work.flops_per_pair, rates.flops_per_s)
     policy = ReloadPolicy(cache.page_tokens, page_bytes, cost)
     return lambda pool: LowerTiers(pool, mover, dram, ssd, policy)
-
-
-def ssd_folder(path: Path, layout: str) -> Path:
-    """The store of one model and layout within the folder that the user named."""
-    folder = path.expanduser() / hashlib.blake2b(layout.encode(), digest_size=8).hexdigest()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"kv_ssd_path {path} cannot be used ({error.strerror}); name another folder.") from error
-    return folder
 
 
 def _half_of_disk(folder: Path) -> int:
