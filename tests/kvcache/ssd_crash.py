@@ -60,7 +60,7 @@ def inspect(folder: Path, expected: set[int], may_cost: int, tell: Callable[[Any
     served = {int.from_bytes(key, "big") for key in read_all(tier, EVERY_KEY)}
     lost = expected - served
     assert len(lost) <= may_cost, f"lost {len(lost)} pages, the unfinished operation may have cost {may_cost}"
-    tell({"served": len(served), "lost": len(lost), "refused": tier.stats().corrupt_pages})
+    tell({"served": len(served), "evicted": len(lost), "refused": tier.stats().corrupt_pages})
     tier.close()
 
 
@@ -115,7 +115,7 @@ def one_life(folder: Path, seed: int, choose: random.Random) -> dict[str, int]:
 def run(folder: Path, n_operations: int, seed: int) -> dict[str, int]:
     """Lives until `n_operations` were begun; the sums of what happened."""
     choose = random.Random(seed)
-    total: dict[str, int] = {"kills": 0, "operations": 0, "mid_operation": 0, "served": 0, "lost": 0, "refused": 0}
+    total: dict[str, int] = {"kills": 0, "operations": 0, "mid_operation": 0, "served": 0, "evicted": 0, "refused": 0}
     while total["operations"] < n_operations:
         for name, count in one_life(folder, choose.randrange(2**32), choose).items():
             total[name] += count
