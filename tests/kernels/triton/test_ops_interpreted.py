@@ -12,6 +12,7 @@ if torch.cuda.is_available():
 from nanoflow.kernels.triton.backend import TritonKernels
 from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved
 from nanoflow.kernels.triton.routing import route
+from nanoflow.kernels.triton.sample_floor import row_floors
 from tests.kernels.triton import ops_cases
 from tests.kernels.triton.ops_cases import close, poisoned, random
 
@@ -125,15 +126,17 @@ def test_sample_splits_few_rows_and_forbidden_tokens_are_never_drawn(kernels: Tr
     assert out.tolist() == [4321] * 3
 
 
-def test_ties_at_the_threshold_are_all_kept(kernels: TritonKernels) -> None:
-    logits = torch.zeros(24, 8)
-    logits[:, 5:] = -1.0
-    n = len(logits)
-    out = torch.empty(n, dtype=torch.int32)
-    keys = torch.arange(n) * 7919
-    ones = torch.ones(n)
-    kernels.sample(logits, ones, torch.full((n,), 2, dtype=torch.int32), ones, torch.zeros(n), keys, out)
-    assert set(out.tolist()) == {0, 1, 2, 3, 4}
+def test_floors_keep_ties_and_nothing_less() -> None:
+    logits = torch.tensor([[0.0, -1.0, 0.0, 0.5, 0.0, -1.0, -2.0, float("-inf")]], dtype=HALF).repeat(5, 1)
+    floors = row_floors(
+        logits,
+        torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]),
+        torch.tensor([2, 0, 3, 2, 0], dtype=torch.int32),
+        torch.tensor([1.0, 0.95, 0.1, 0.5, 1.0]),
+        torch.zeros(5),
+    )
+    # top-k 2 ends among the three zeros; 0.95 of the mass needs the two at -1; 0.1 needs the first; greedy; no filter
+    assert floors.tolist() == [0.0, -1.0, 0.5, float("-inf"), float("-inf")]
 
 
 def test_nothing_to_do_is_done(kernels: TritonKernels) -> None:
