@@ -135,8 +135,10 @@ def test_floors_keep_ties_and_nothing_less() -> None:
         torch.tensor([1.0, 0.95, 0.1, 0.5, 1.0]),
         torch.zeros(5),
     )
-    # top-k 2 ends among the three zeros; 0.95 of the mass needs the two at -1; 0.1 needs the first; greedy; no filter
-    assert floors.tolist() == [0.0, -1.0, 0.5, float("-inf"), float("-inf")]
+    kept = [sorted(set(row[row >= floor].tolist())) for row, floor in zip(logits.float(), floors, strict=True)]
+    # Top-k 2 ends among the three zeros; 0.95 of the mass needs both at -1, 0.1 needs the first; the rest keep all.
+    everything = [float("-inf"), -2.0, -1.0, 0.0, 0.5]
+    assert kept == [[0.0, 0.5], [-1.0, 0.0, 0.5], [0.5], everything, everything]
 
 
 def test_nothing_to_do_is_done(kernels: TritonKernels) -> None:
