@@ -22,7 +22,7 @@ from nanoflow.engine.batching import Chunk, ScheduledBatch, build_batch
 from nanoflow.engine.residency import Match, Residency
 from nanoflow.engine.results import note_first_tokens, special_token, take_prompt_scores
 from nanoflow.engine.sequence import Sequence, TokenEvent
-from nanoflow.engine.table import HOLDING, RequestTable, SlotState
+from nanoflow.engine.table import RequestTable, SlotState
 from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
@@ -111,7 +111,7 @@ class Scheduler:
     @property
     def n_running(self) -> int:
         """Requests that hold pages."""
-        return len(self.table.slots_in(*HOLDING))
+        return len(self.table.holding())
 
     @property
     def has_work(self) -> bool:
@@ -236,7 +236,7 @@ class Scheduler:
 
     def _admissible(self, budget: int) -> list[Sequence]:
         """Waiting sequences, in order, to admit now: as slots, budget and the predicted peak of KV memory allow."""
-        running = self.table.slots_in(*HOLDING)
+        running = self.table.holding()
         places = min(self.limits.max_running - len(running), self.table.n_free)
         candidates: list[Sequence] = []
         matches: list[Match] = []
@@ -294,7 +294,7 @@ class Scheduler:
     # --- giving pages back ---
 
     def _youngest(self) -> int:
-        slots = self.table.slots_in(*HOLDING)
+        slots = self.table.holding()
         return int(slots[np.argmax(self.table.age[slots])])
 
     def _preempt(self, slot: int) -> None:

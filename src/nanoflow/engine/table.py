@@ -31,10 +31,6 @@ class SlotState(IntEnum):
     DRAINING = 5  # finished or aborted; waits for its batch in flight
 
 
-HOLDING = (SlotState.LOADING, SlotState.PREFILL, SlotState.DECODE)
-"""States in which a slot holds pages."""
-
-
 class RequestTable:
     """`n_slots` rows; pages of `page_tokens` tokens, at most `max_pages` a request."""
 
@@ -81,10 +77,15 @@ class RequestTable:
 
     def slots_in(self, *states: SlotState) -> np.ndarray:
         """Slots in any of `states`, ascending."""
-        mask = self.state == states[0]
+        mask = self.state == int(states[0])  # a plain int: numpy takes its time with members of an enum
         for state in states[1:]:
-            mask |= self.state == state
+            mask |= self.state == int(state)
         return np.flatnonzero(mask)
+
+    def holding(self) -> np.ndarray:
+        """Slots that hold pages (loading, prefill or decode), ascending."""
+        first, last = int(SlotState.LOADING), int(SlotState.DECODE)
+        return np.flatnonzero((self.state - first).view(np.uint8) <= last - first)
 
     def admit(self, sequence: Sequence, age: int, stop_ids: tuple[int, ...]) -> int:
         """Give `sequence` a slot, in prefill of all tokens it has so far."""
