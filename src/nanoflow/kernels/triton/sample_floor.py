@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nanoflow.kernels.triton import launch
 
-_EMPTY_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-"""Low bits of a float32 that are zero in every value of a type."""
+_EMPTY_BITS = {torch.float32: 0, torch.float16: 12, torch.bfloat16: 16}
+"""Low bits of a float32 that are zero in every value of a type; an even number, since two are searched at a time."""
 _BLOCK = 4096
 _BLOCK_ALONE = 8192
 """Tokens a step where each row has a multiprocessor to itself."""
@@ -61,7 +61,7 @@ def _largest_reaching(
     EMPTY_BITS: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The largest logit at or above which the row's weights sum to `need` or more."""
-    N_PASSES: tl.constexpr = (33 - EMPTY_BITS) // 2
+    N_PASSES: tl.constexpr = (32 - EMPTY_BITS) // 2
     WEIGHT: tl.constexpr = tl.float32 if MASS else tl.int32
     found = tl.zeros((), tl.uint32)
     unit = tl.full((), 1 << (2 * (N_PASSES - 1)), tl.uint32)
