@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import pytest
 from nanoflow.bench.bounds import preset_of
 from nanoflow.bench.offline import OfflineOptions, run_offline
 from nanoflow.bench.result import BenchKind, parse_result
+from nanoflow.bench.session import KEPT_PLANS, IterationLog
 from nanoflow.bench.show import lines_of
 from nanoflow.bench.workloads import Limits, make_requests
 from nanoflow.cli.main import main
+from nanoflow.core.batch import BatchPlan
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 
@@ -65,6 +69,24 @@ def test_bounds_and_operations_are_reported(config: EngineConfig) -> None:
     assert len(trace.spans) == sum(op.launches for op in trace.ops)
     text = "\n".join(lines_of(result))
     assert "tokens/s (in + out)" in text and "power" in text and "decode_attention" in text
+
+
+def test_the_typical_iteration_is_where_the_tokens_are() -> None:
+    log = IterationLog()
+    for n_tokens in [1000, 1000, 1000, 400, *range(1, 41)]:
+        log.add(0.0, cast(BatchPlan, SimpleNamespace(n_tokens=n_tokens, n_decode=1)))
+    assert log.typical_tokens == 1000
+    assert [plan.n_tokens for plan in log.typical_plans(4)] == [1000, 1000, 1000, 400]
+    assert IterationLog().typical_plans(3) == []
+
+
+def test_a_long_run_keeps_an_even_sample_of_its_plans() -> None:
+    log = IterationLog()
+    for number in range(5000):
+        log.add(0.0, cast(BatchPlan, SimpleNamespace(n_tokens=number, n_decode=1)))
+    kept = [plan.n_tokens for plan in log.plans]
+    steps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
+    assert 32 <= len(kept) <= KEPT_PLANS and len(steps) == 1 and kept[-1] > 4800
 
 
 def test_too_long_a_workload_is_refused_before_it_runs(config: EngineConfig) -> None:

@@ -238,7 +238,7 @@ def _series(
 ) -> tuple[Series, tuple[str, ...]]:
     """The variant's runs and trace, with notes on what could not be had."""
     runs = [run_of(engine, rates, requests, record, seed) for seed, record in records]
-    trace, notes = traced(engine, one.launcher, records[-1][1].log.steady_plans(options.trace), rates)
+    trace, notes = traced(engine, one.launcher, records[-1][1].log.typical_plans(options.trace), rates)
     series = Series(
         name=one.variant.name,
         runs=tuple(runs),

@@ -105,7 +105,7 @@ def measure_offline(
     runs = tuple(
         run_of(engine, rates, requests, record, seed) for record, seed in zip(records, seeds_of(options), strict=True)
     )
-    trace, notes = traced(engine, engine.core.launcher, records[-1].log.steady_plans(options.trace), rates)
+    trace, notes = traced(engine, engine.core.launcher, records[-1].log.typical_plans(options.trace), rates)
     pipeline = json.loads(engine.pipeline.to_json())
     return BenchResult(
         kind=BenchKind.OFFLINE,

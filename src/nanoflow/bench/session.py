@@ -22,7 +22,7 @@ from nanoflow.engine.build import Engine
 from nanoflow.engine.core import InFlightBatch
 from nanoflow.engine.sequence import Sequence as EngineSequence
 
-KEPT_PLANS = 24
+KEPT_PLANS = 64
 PROGRESS_EVERY_S = 0.5
 OnProgress = Callable[[int, int, str], None]
 """Told of finished requests, all requests, and a word on speed."""
@@ -54,17 +54,19 @@ class IterationLog:
         self.tokens.append(plan.n_tokens)
         self.decode_tokens.append(plan.n_decode)
 
-    def steady_plans(self, n: int) -> list[BatchPlan]:
-        """Up to `n` kept plans whose token counts are nearest to the median over the run's middle half.
+    @property
+    def typical_tokens(self) -> int:
+        """The size of a typical iteration: half of all tokens were computed in iterations of at least so many.
 
-        Start and end of a run, where batches fill and drain, do not count.
+        A long tail of nearly empty iterations, as at the end of a run, hardly moves it.
         """
-        if not self.plans:
-            return []
-        quarter = len(self.plans) // 4
-        middle = self.plans[quarter : len(self.plans) - quarter] or self.plans
-        median = float(np.median([plan.n_tokens for plan in middle]))
-        return sorted(middle, key=lambda plan: abs(plan.n_tokens - median))[:n]
+        sizes = np.sort(np.array(self.tokens))[::-1]
+        return int(sizes[np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)]) if len(sizes) else 0
+
+    def typical_plans(self, n: int) -> list[BatchPlan]:
+        """Up to `n` of the kept plans, those nearest to the typical size."""
+        typical = self.typical_tokens
+        return sorted(self.plans, key=lambda plan: abs(plan.n_tokens - typical))[:n]
 
 
 @dataclass(frozen=True)
