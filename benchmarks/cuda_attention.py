@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -277,7 +276,8 @@ def main() -> None:
             del load
     if options.json:
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": gpu, "multiprocessors": n_sms}
-        content = {"command": sys.argv, "page_tokens": options.page_tokens, **versions, "results": results}
+        asked = {key: value for key, value in vars(options).items() if key != "json"}
+        content = {"options": asked, **versions, "results": results}
         options.json.write_text(json.dumps(content, indent=1))
 
 

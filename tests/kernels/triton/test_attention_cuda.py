@@ -47,7 +47,7 @@ def decode_planner(model: Model, n_rows: int, bulk: bool, lane_sms: int = 132) -
         n_kv_heads=model.n_kv_heads,
         head_dim=model.head_dim,
         lane_sms=lane_sms,
-        shape=decode_shape(model.head_dim, bulk),
+        shape=decode_shape(model.head_dim, lane_sms, bulk),
     )
 
 

@@ -180,7 +180,7 @@ def decode_attention(
             window=window,
         )
     else:
-        shape = decode_shape(head_dim) if work.shape.bulk else work.shape
+        shape = decode_shape(head_dim, 0) if work.shape.bulk else work.shape
         _decode[(work.n_slots * n_kv_heads,)](
             qkv_tn,
             qkv_tn.stride(0),
@@ -206,7 +206,7 @@ def decode_attention(
             num_warps=shape.warps,
             num_stages=shape.stages,
         )
-    _merge[(work.n_slots, n_heads)](
+    _merge[(work.n_merges_cap, n_heads)](
         work.ints,
         out_tn,
         out_tn.stride(0),

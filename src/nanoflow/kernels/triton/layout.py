@@ -49,11 +49,18 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def decode_shape(head_dim: int, bulk: bool = False) -> DecodeShape:
-    """The measured choice for a head dimension (`benchmarks/cuda_attention.py` sweeps them)."""
+_WHOLE_CARD_SMS = 100
+"""From here on memory bounds a lane, and fewer bytes in flight read faster; below, a multiprocessor needs more."""
+
+
+def decode_shape(head_dim: int, lane_sms: int, bulk: bool = False) -> DecodeShape:
+    """The measured choice for a head dimension and a lane (`benchmarks/cuda_attention.py` sweeps them)."""
     if bulk:
-        keys = 16 if head_dim >= 256 else 32
-        return DecodeShape(keys=keys, warps=1, stages=3, blocks_per_sm=4 if head_dim >= 128 else 8, bulk=True)
+        keys = max(16, 16 * 128 // head_dim)
+        blocks, stages = (4, 2) if lane_sms >= _WHOLE_CARD_SMS else (8, 3)
+        if head_dim >= 256:  # a step of 16 keys is 16 KiB, not 8
+            blocks //= 2
+        return DecodeShape(keys=keys, warps=1, stages=stages, blocks_per_sm=blocks, bulk=True)
     return DecodeShape(keys=max(16, min(64, 32 * 128 // padded(head_dim))), warps=1, stages=3, blocks_per_sm=8)
 
 

@@ -47,6 +47,11 @@ class DecodeWork:
         return _items_at(self.n_slots)
 
     @property
+    def n_merges_cap(self) -> int:
+        """Most rows that a list can cut: one a border between slots, and no more than there are."""
+        return min(self.n_slots, self.n_items_cap - self.n_slots)
+
+    @property
     def merges_at(self) -> int:
         """Where the merges begin in `ints`."""
         return self.items_at + ITEM_INTS * self.n_items_cap
@@ -89,7 +94,7 @@ class DecodePlanner:
         lane_sms: int,
         shape: DecodeShape | None = None,
     ) -> None:
-        self.shape = shape or decode_shape(head_dim, bulk=cuda_source.unusable_reason() is None)
+        self.shape = shape or decode_shape(head_dim, lane_sms, bulk=cuda_source.unusable_reason() is None)
         self.n_slots = max(1, lane_sms * self.shape.blocks_per_sm // n_kv_heads)
         self._n_rows, self._n_heads, self._head_dim = n_rows, n_heads, head_dim
         self._n_items = n_rows + self.n_slots
@@ -175,7 +180,7 @@ class PrefillPlanner:
         self.shape = shape or prefill_shape(head_dim, bulk=prefill_bulk.unusable_reason() is None)
         self._queries = self.shape.rows // (n_heads // n_kv_heads)
         n_items = n_rows // self._queries + n_requests
-        self._n_blocks = min(lane_sms * self.shape.blocks_per_sm, n_items * n_kv_heads)
+        self._n_blocks = max(1, min(lane_sms * self.shape.blocks_per_sm, n_items * n_kv_heads))
         self.n_ints = 4 + TILE_INTS * n_items
 
     def plan(
