@@ -61,6 +61,15 @@ def make_mover(executor: Launcher, device: Device, pipeline: Pipeline) -> PageMo
     """What copies KV pages on this device; None where nothing can (pages are then shared whole or not at all)."""
     if isinstance(executor, Executor):
         return LaneMover(device, executor.decoder.kv_layers, pipeline.copy_lane)
+    if device.kind == "cuda":
+        from nanoflow.device.cuda import CudaDevice
+        from nanoflow.executor.captured import CapturedExecutor
+        from nanoflow.executor.cuda_copies import CudaMover
+        from nanoflow.kernels.triton.pages import PageCopier
+
+        if isinstance(executor, CapturedExecutor) and isinstance(device, CudaDevice):
+            layers = executor.decoder.kv_layers
+            return CudaMover(device, layers, PageCopier(layers))
     return None
 
 
