@@ -21,6 +21,12 @@ RECORDED = SamplingParams(temperature=0, max_tokens=6, logprobs=0)
 PLAIN = SamplingParams(temperature=0, max_tokens=6)
 
 
+@pytest.fixture(autouse=True)
+def _no_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are chosen without measuring: a race per shape of a tiny model would take longer than the test."""
+    monkeypatch.setenv("NANOFLOW_PRODUCTS", "library")
+
+
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
 def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A saved random model of one architecture, and transformers' own instance of it (float32, on the CPU)."""

@@ -42,7 +42,7 @@ class CudaTransfer:
         self._done = done
 
     def poll(self) -> bool:
-        return self._done.query()
+        return bool(self._done.query())
 
     def result(self) -> BoolArray:
         """Waits. CUDA has no copies that fail alone: an error ends the engine and appears at the next iteration."""
