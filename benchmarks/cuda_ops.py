@@ -1,6 +1,6 @@
 """Rates of every kernel but attention on an NVIDIA GPU: matrix products, sampling, experts, and the small ones.
 
-    PYTHONPATH=src python benchmarks/cuda_ops.py [--only gemm|layer|sample|small|experts] [--quick]
+    PYTHONPATH=src python benchmarks/cuda_ops.py [--only gemm|layer|sample|small|experts] [--tokens 2048]
 
 Random data, launches replayed from a CUDA graph over several sets of weights (more than the L2 cache holds). `burst` is
 the median of a few replays on a cool card; `sustained` the mean over a second or more, with the card's power.
@@ -21,21 +21,17 @@ from nanoflow.kernels.base import ExpertWeights
 from nanoflow.kernels.triton.activation import silu_mul
 from nanoflow.kernels.triton.backend import TritonKernels
 from nanoflow.kernels.triton.gemm import GemmShape
-from nanoflow.kernels.triton.gemm_bulk import BulkShape
 from nanoflow.kernels.triton.linear import library_linear, persistent
-from nanoflow.kernels.triton.products import Shape
 
 BF16 = torch.bfloat16
 N_SETS = 4
 SUSTAIN_S = 1.2
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 BASE = GemmShape()
-VARIANTS: dict[str, Shape] = {
+VARIANTS: dict[str, GemmShape] = {
     "128x256": BASE,
     "128x256 loops": replace(BASE, flatten=False),
     "128x128": replace(BASE, n=128, warps=4, stages=4),
-    "bulk": BulkShape(),
-    "bulk group 4": BulkShape(group=4),
 }
 
 
@@ -53,10 +49,18 @@ class Power:
         return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card)) / 1000
 
     def watts_during(self, step: Callable[[], None], seconds: float) -> float:
-        """Repeat `step` (which waits for itself) for about `seconds`; mean power from the first tick to the last."""
+        """Keep the card busy with `step`s (which do not wait) for about `seconds`; mean power from first to last tick.
+
+        Two steps are always queued, so that the card is never idle between readings.
+        """
+        queued: list[torch.cuda.Event] = []
         begun, seen, ticks = time.perf_counter(), self.joules(), []
         while time.perf_counter() - begun < seconds or len(ticks) < 3:
             step()
+            queued.append(torch.cuda.Event())
+            queued[-1].record()
+            if len(queued) > 2:
+                queued.pop(0).synchronize()
             now = self.joules()
             if now != seen:
                 seen = now
@@ -104,11 +108,24 @@ def measure(calls: Sequence[Callable[[], None]], power: Power | None = None, sec
     if power is None:
         return Timing(burst / len(calls), 0.0, 0.0)
     per_step = max(1, int(10_000 / burst))
-    durations: list[float] = []
-    power.watts_during(lambda: durations.append(elapsed_us(graph, per_step)), 0.3 * seconds)
-    durations.clear()
-    watts = power.watts_during(lambda: durations.append(elapsed_us(graph, per_step)), seconds)
-    return Timing(burst / len(calls), statistics.mean(durations) / len(calls), watts)
+    n_replays = 0
+
+    def step() -> None:
+        nonlocal n_replays
+        n_replays += per_step
+        for _ in range(per_step):
+            graph.replay()
+
+    power.watts_during(step, 0.3 * seconds)
+    torch.cuda.synchronize()
+    n_replays = 0
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    watts = power.watts_during(step, seconds)
+    end.record()
+    end.synchronize()
+    sustained = start.elapsed_time(end) * 1000 / n_replays
+    return Timing(burst / len(calls), sustained / len(calls), watts)
 
 
 def normal(rows: int, columns: int) -> Tensor:
@@ -141,7 +158,7 @@ def run_gemm(n_tokens: int, power: Power) -> None:
             target = half if fused else out
 
             def by_us(
-                w: Tensor, s: Shape, f: bool = fused, a: bool = accumulate, x: Tensor = x, t: Tensor = target
+                w: Tensor, s: GemmShape, f: bool = fused, a: bool = accumulate, x: Tensor = x, t: Tensor = target
             ) -> None:
                 persistent(x, w, t, None, s, accumulate=a, silu_mul=f)
 
@@ -155,13 +172,13 @@ def run_layer(n_tokens: int, power: Power) -> None:
     layers = [{name: normal(n, k) / k**0.5 for name, (n, k) in SHAPES.items()} for _ in range(N_SETS)]
     tflop = sum(2e-12 * n_tokens * n * k for n, k in SHAPES.values())
 
-    def product(w: Tensor, source: Tensor, out: Tensor, accumulate: bool, shape: Shape | None) -> None:
+    def product(w: Tensor, source: Tensor, out: Tensor, accumulate: bool, shape: GemmShape | None) -> None:
         if shape is None:
             library_linear(source, w, out, None, accumulate)
         else:
             persistent(source, w, out, None, shape, accumulate=accumulate)
 
-    def layer(w: dict[str, Tensor], small: Shape | None, fused: Shape | None) -> None:
+    def layer(w: dict[str, Tensor], small: GemmShape | None, fused: GemmShape | None) -> None:
         product(w["qkv"], x, qkv, False, small)
         product(w["o"], qkv[:, :4096], residual, True, small)
         if fused is None:
@@ -175,9 +192,7 @@ def run_layer(n_tokens: int, power: Power) -> None:
         for label, small, fused in (
             ("library", None, None),
             ("library, gate-up 128x256", None, BASE),
-            ("library, gate-up bulk", None, BulkShape()),
             ("all 128x256", BASE, BASE),
-            ("all bulk", BulkShape(), BulkShape()),
         ):
             t = measure([lambda w=w, s=small, f=fused: layer(w, s, f) for w in layers], power)
             rates = f"{tflop / t.burst_us * 1e6:5.0f} burst {tflop / t.sustained_us * 1e6:5.0f} sustained TFLOP/s"

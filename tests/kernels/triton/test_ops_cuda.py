@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed (it is in the dev 
 
 from nanoflow.device import green
 from nanoflow.device.cuda import CudaLane
-from nanoflow.kernels.triton import gemm_bulk, launch
+from nanoflow.kernels.triton import launch
 from nanoflow.kernels.triton.backend import TritonKernels
 from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved
 from tests.kernels.triton import ops_cases
@@ -103,30 +103,6 @@ def test_persistent_product(dtype: torch.dtype, shape: GemmShape, sizes: tuple[i
     expected = product + out.float() if kind == "accumulate" else product
     gemm(x, weight, out, bias_n=bias_n, accumulate=kind == "accumulate", shape=shape)
     close(out, expected)
-
-
-@pytest.mark.skipif(gemm_bulk.unusable_reason() is not None, reason=str(gemm_bulk.unusable_reason()))
-@pytest.mark.parametrize("dtype", [BF16, HALF])
-@pytest.mark.parametrize(
-    "sizes", [(2048, 4096, 4096), (77, 1008, 200), (1000, 6144, 4096), (128, 512, 64), (3000, 2560, 1000)], ids=str
-)
-@pytest.mark.parametrize("kind", ["plain", "accumulate", "silu_mul"])
-@pytest.mark.parametrize("n_blocks", [132, 10])
-def test_bulk_product(dtype: torch.dtype, sizes: tuple[int, int, int], kind: str, n_blocks: int) -> None:
-    n_tokens, width, depth = sizes
-    x, weight = random(n_tokens, depth, dtype, "cuda"), torch.randn(width, depth, device="cuda").to(dtype) / 16
-    product = x.float() @ weight.float().t()
-    if kind == "silu_mul":
-        out = poisoned(n_tokens, width // 2, dtype, "cuda")
-        gemm_bulk.gemm_bulk(x, interleaved(weight), out, silu_mul=True, n_blocks=n_blocks)
-        close(out, torch.nn.functional.silu(product[:, : width // 2]) * product[:, width // 2 :], 1e-2)
-        return
-    buffer = torch.randn(n_tokens, width + 8, device="cuda").to(dtype)
-    out, beyond = buffer[:, :width], buffer[:, width:].clone()
-    expected = product + out.float() if kind == "accumulate" else product
-    gemm_bulk.gemm_bulk(x, weight, out, accumulate=kind == "accumulate", n_blocks=n_blocks)
-    close(out, expected)
-    assert torch.equal(buffer[:, width:], beyond)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -85,11 +85,6 @@ def pointer(tensor: Tensor) -> Argument:
     return tensor.data_ptr(), ctypes.c_void_p
 
 
-def integer(value: int) -> Argument:
-    """An int."""
-    return value, ctypes.c_int
-
-
 def tensor_map(kv_layer: Tensor, box_rows: int) -> Argument:
     """How the copy engine sees a layer: (rows, head_dim), fetched in swizzled boxes of `box_rows` × `BOX_COLUMNS`."""
     head_dim = kv_layer.shape[-1]

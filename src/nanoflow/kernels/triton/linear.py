@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from nanoflow.kernels.triton import activation, gemm_bulk, launch
-from nanoflow.kernels.triton.gemm import gemm, interleaved, is_describable
-from nanoflow.kernels.triton.gemm_bulk import BulkShape
-from nanoflow.kernels.triton.products import LIBRARY, SHAPES, ProductKey, ProductTable, Shape, for_float32
+from nanoflow.kernels.triton import activation, launch
+from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved, is_describable
+from nanoflow.kernels.triton.products import LIBRARY, SHAPES, ProductKey, ProductTable, for_float32
 
 
 def library_linear(x_tk: Tensor, weight_nk: Tensor, out_tn: Tensor, bias_n: Tensor | None, accumulate: bool) -> None:
@@ -43,16 +42,12 @@ def linear(
 ) -> None:
     """See `kernels.base.Kernels.linear`."""
 
-    def ours(shape: Shape, out: Tensor) -> None:
+    def ours(shape: GemmShape, out: Tensor) -> None:
         persistent(x_tk, weight_nk, out, bias_n, shape, accumulate=accumulate)
 
     def contestants() -> Mapping[str, Callable[[], None]]:
         scratch = torch.zeros_like(out_tn)
-        race = {
-            name: (lambda shape=shape: ours(shape, scratch))
-            for name, shape in SHAPES.items()
-            if fits(shape, scratch, bias_n)
-        }
+        race = {name: (lambda shape=shape: ours(shape, scratch)) for name, shape in SHAPES.items()}
         return {LIBRARY: lambda: library_linear(x_tk, weight_nk, scratch, bias_n, accumulate)} | race
 
     shape = _chosen(table, "accumulate" if accumulate else "plain", x_tk, weight_nk, out_tn, bias_n, contestants)
@@ -72,16 +67,12 @@ def linear_silu_mul(
         library_linear(x_tk, weight_nk, gate_up_tn, bias, accumulate=False)
         activation.silu_mul(gate_up_tn, out, interleaved=True)
 
-    def ours(shape: Shape, out: Tensor) -> None:
+    def ours(shape: GemmShape, out: Tensor) -> None:
         persistent(x_tk, weight_nk, out, bias_n, shape, silu_mul=True)
 
     def contestants() -> Mapping[str, Callable[[], None]]:
         scratch = torch.empty_like(out_tf)
-        race = {
-            name: (lambda shape=shape: ours(shape, scratch))
-            for name, shape in SHAPES.items()
-            if fits(shape, scratch, bias_n)
-        }
+        race = {name: (lambda shape=shape: ours(shape, scratch)) for name, shape in SHAPES.items()}
         return {LIBRARY: lambda: in_memory(scratch)} | race
 
     shape = _chosen(table, "silu_mul", x_tk, weight_nk, out_tf, bias_n, contestants)
@@ -91,27 +82,17 @@ def linear_silu_mul(
         ours(shape, out_tf)
 
 
-def fits(shape: Shape, out: Tensor, bias_n: Tensor | None) -> bool:
-    """Whether a product is written for this result."""
-    if isinstance(shape, BulkShape):
-        return bias_n is None and out.element_size() == 2 and gemm_bulk.unusable_reason() is None
-    return True
-
-
 def persistent(
     x_tk: Tensor,
     weight_nk: Tensor,
     out: Tensor,
     bias_n: Tensor | None,
-    shape: Shape,
+    shape: GemmShape,
     *,
     accumulate: bool = False,
     silu_mul: bool = False,
 ) -> None:
-    """One of our products."""
-    if isinstance(shape, BulkShape):
-        gemm_bulk.gemm_bulk(x_tk, weight_nk, out, accumulate=accumulate, silu_mul=silu_mul, shape=shape)
-        return
+    """Our product, in a shape that has room for the result's type."""
     if out.dtype == torch.float32:
         shape = for_float32(shape)
     gemm(x_tk, weight_nk, out, bias_n=bias_n, accumulate=accumulate, silu_mul=silu_mul, shape=shape)
@@ -125,7 +106,7 @@ def _chosen(
     out: Tensor,
     bias_n: Tensor | None,
     contestants: Callable[[], Mapping[str, Callable[[], None]]],
-) -> Shape | None:
+) -> GemmShape | None:
     """The table's choice; the library where our product does not apply."""
     if not x_tk.is_cuda or x_tk.element_size() != 2 or not all(map(is_describable, (x_tk, weight_nk, out))):
         return None

@@ -1,6 +1,6 @@
 """Which matrix product serves a linear layer: measured once per shape, token count and lane, and kept on disk.
 
-The library (cuBLAS) and our persistent products in a few shapes are within a few per cent of each other on a whole card
+The library (cuBLAS) and our persistent product in a few shapes are within a few per cent of each other on a whole card
 and far apart where tiles fill the lane's multiprocessors badly, so a short race decides. It runs when a shape is first
 met outside a capture; the device is idle then and nothing of the caller's is written.
 """
@@ -23,19 +23,17 @@ from nanoflow.core import env
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.log import get_logger
 from nanoflow.kernels.triton.gemm import GemmShape
-from nanoflow.kernels.triton.gemm_bulk import BulkShape
 
 _log = get_logger(__name__)
 
 LIBRARY = "library"
-Shape = GemmShape | BulkShape
-SHAPES: Mapping[str, Shape] = {
+SHAPES: Mapping[str, GemmShape] = {
     "128x256": GemmShape(),
     "128x256 loops": GemmShape(flatten=False),
     "128x128": GemmShape(n=128, warps=4, stages=4),
     "64x256": GemmShape(m=64, warps=4, stages=4),
 }
-"""Our products' contestants, by the name that the file keeps."""
+"""Our product's contestants, by the name that the file keeps."""
 MODES = ("auto", "library", "persistent")
 _VERSION = 1
 _ROUNDS = 7
@@ -83,9 +81,9 @@ class ProductTable:
         slug = re.sub(r"\W+", "-", self._signature).strip("-").lower()
         self._path = (folder or env.cache_dir() / "products") / f"{slug}.json"
         self._names = self._read() if mode == "auto" else {}
-        self._shapes: dict[ProductKey, Shape | None] = {}
+        self._shapes: dict[ProductKey, GemmShape | None] = {}
 
-    def choose(self, key: ProductKey, contestants: Callable[[], Mapping[str, Callable[[], None]]]) -> Shape | None:
+    def choose(self, key: ProductKey, contestants: Callable[[], Mapping[str, Callable[[], None]]]) -> GemmShape | None:
         """The shape of our product, or None for the library's.
 
         `contestants` (called if a race is due) maps `LIBRARY` and names of `SHAPES` to calls on scratch outputs.

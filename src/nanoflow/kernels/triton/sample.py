@@ -26,40 +26,12 @@ _BLOCKS_PER_SM = 16
 _BLOCK = 1024
 
 
-_HASH_ASM: tl.constexpr = tl.constexpr("""{
-.reg .u32 h, t, u;
-add.u32 h, $1, $2;
-shr.u32 t, h, 16;  xor.b32 h, h, t;  mul.lo.u32 h, h, 0x85EBCA6B;
-shr.u32 t, h, 13;  xor.b32 h, h, t;  mul.lo.u32 h, h, 0xC2B2AE35;
-shr.u32 t, h, 16;  lop3.b32 h, h, t, $3, 0x96;
-shr.u32 t, h, 16;  xor.b32 h, h, t;  mul.lo.u32 h, h, 0x85EBCA6B;
-shr.u32 t, h, 13;  xor.b32 h, h, t;  mul.lo.u32 h, h, 0xC2B2AE35;
-shr.u32 t, h, 9;   shr.u32 u, h, 25;  lop3.b32 $0, t, u, 0x3F800000, 0xBE;
-}""")
-
-
 @triton.jit
-def stirred(h):
-    """MurmurHash3's finaliser on uint32, all but its last step, which is h ^ (h >> 16)."""
+def fmix32(h):
+    """MurmurHash3's finaliser, on uint32."""
     h = (h ^ (h >> 16)) * 0x85EBCA6B
-    return (h ^ (h >> 13)) * 0xC2B2AE35
-
-
-@triton.jit
-def hashed(part, rest, high, FAST: tl.constexpr):
-    """1 + u - 2⁻²⁴ as the bits of a float32, u the uniform variable of `kernels.noise`.
-
-    `part` + `rest` is token · 0x9E3779B1 + low, uint32. FAST: the same in fewer instructions than the compiler finds,
-    which undoes whatever is gained by merging the hash's last step with the shift to the mantissa.
-    """
-    if FAST:
-        return tl.inline_asm_elementwise(
-            _HASH_ASM, "=r,r,r,r", [part, rest, high], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        h = stirred(part + rest)
-        h = stirred(h ^ (h >> 16) ^ high)
-        return ((h ^ (h >> 16)) >> 9) | 0x3F800000
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
 
 
 @triton.jit
@@ -74,21 +46,24 @@ def log2_of(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def noise_log2(part, rest, high, FAST: tl.constexpr):
-    """log₂(-log₂ u) of the uniform variable u that `kernels.noise` draws; arguments as in `hashed`.
+def noise_log2(v, low, high, FAST: tl.constexpr):
+    """log₂(-log₂ u) of the uniform variable u that `kernels.noise` draws for tokens `v` (uint32) and a key's halves.
 
     Away from u = 1 the series is too small, near it the lowered logarithm is: the larger is right.
     """
-    one_to_two = hashed(part, rest, high, FAST).to(tl.float32, bitcast=True)
+    h = fmix32(fmix32(v * 0x9E3779B1 + low) ^ high)
+    one_to_two = ((h >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
     u = one_to_two - 0.999999940395355224609375  # 1 - 2⁻²⁴: the result is exact
-    w = 1.0 - u
-    series = w * (1.4426950408889634 + w * (0.7213475204444817 + w * (0.4808983469629878 + w * 0.36067376022224085)))
+    rest = 1.0 - u
+    series = rest * (
+        1.4426950408889634 + rest * (0.7213475204444817 + rest * (0.4808983469629878 + rest * 0.36067376022224085))
+    )
     return log2_of(tl.maximum(series, -3.0e-7 - log2_of(u, FAST)), FAST)
 
 
 @triton.jit
 def _scores(
-    row_ptr, v, part, rest, end, factor, floor, high,
+    row_ptr, v, end, factor, floor, low, high,
     NOISY: tl.constexpr, HAS_FLOOR: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """What the chosen token has most of, for tokens `v`; -inf from `end` on and below the floor."""
@@ -96,7 +71,7 @@ def _scores(
     if HAS_FLOOR:
         logit = tl.where(logit >= floor, logit, float("-inf"))
     if NOISY:
-        return logit * factor - noise_log2(part, rest, high, FAST)
+        return logit * factor - noise_log2(v.to(tl.uint32), low, high, FAST)
     else:
         return logit
 
@@ -110,11 +85,9 @@ def _best_of(
     N_GROUPS: tl.constexpr = BLOCK // GROUP
     best_g = tl.full([N_GROUPS], float("-inf"), tl.float32)
     start_g = tl.zeros([N_GROUPS], tl.int32) + first
-    part = tl.arange(0, BLOCK).to(tl.uint32) * 0x9E3779B1 + low
     for start in range(first, end, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        rest = tl.full((), start, tl.uint32) * 0x9E3779B1
-        score = _scores(row_ptr, v, part, rest, end, factor, floor, high, NOISY, HAS_FLOOR, FAST)
+        score = _scores(row_ptr, v, end, factor, floor, low, high, NOISY, HAS_FLOOR, FAST)
         group_best = tl.max(tl.reshape(score, (N_GROUPS, GROUP)), 1)
         better = group_best > best_g
         best_g = tl.where(better, group_best, best_g)
@@ -122,9 +95,7 @@ def _best_of(
     token_g = start_g + tl.arange(0, N_GROUPS) * GROUP
     token = tl.min(tl.where(best_g == tl.max(best_g, 0), token_g, 0x7FFFFFFF), 0)
     v = token + tl.arange(0, GROUP)
-    part = v.to(tl.uint32) * 0x9E3779B1
-    rest = low
-    score = _scores(row_ptr, v, part, rest, end, factor, floor, high, NOISY, HAS_FLOOR, FAST)
+    score = _scores(row_ptr, v, end, factor, floor, low, high, NOISY, HAS_FLOOR, FAST)
     best = tl.max(score, 0)
     return best, tl.min(tl.where((score == best) & (v < end), v, end - 1), 0)
 

@@ -19,9 +19,8 @@ from nanoflow.kernels.triton import launch
 
 _EMPTY_BITS = {torch.float32: 0, torch.float16: 12, torch.bfloat16: 16}
 """Low bits of a float32 that are zero in every value of a type; an even number, since two are searched at a time."""
-_BLOCK = 4096
-_BLOCK_ALONE = 8192
-"""Tokens a step where each row has a multiprocessor to itself."""
+_WARPS, _WARPS_ALONE = 16, 32
+"""Warps a row; more where each row has a multiprocessor to itself."""
 
 
 @triton.jit
@@ -131,8 +130,9 @@ def row_floors(logits_sv: Tensor, temperature_s: Tensor, top_k_s: Tensor, top_p_
     """float32 (S): rows keep the tokens whose logit is at least this; -inf where they keep all, or are greedy."""
     n_rows, n_vocab = logits_sv.shape
     floors = torch.empty(n_rows, dtype=torch.float32, device=logits_sv.device)
-    few = n_rows <= launch.device_sms(logits_sv.device)
-    block = min(_BLOCK_ALONE if few else _BLOCK, launch.pow2(n_vocab))
+    warps = _WARPS_ALONE if n_rows <= launch.device_sms(logits_sv.device) else _WARPS
+    per_warp = 512 // logits_sv.element_size()  # 16 bytes a thread
+    block = min(warps * per_warp, launch.pow2(n_vocab))
     _row_floor[(n_rows,)](
         logits_sv,
         logits_sv.stride(0),
@@ -144,6 +144,6 @@ def row_floors(logits_sv: Tensor, temperature_s: Tensor, top_k_s: Tensor, top_p_
         n_vocab,
         EMPTY_BITS=_EMPTY_BITS[logits_sv.dtype],
         BLOCK=block,
-        num_warps=max(1, min(32, block // 256)),
+        num_warps=max(1, block // per_warp),
     )
     return floors
