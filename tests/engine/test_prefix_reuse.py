@@ -134,8 +134,32 @@ def test_an_answer_is_cached_for_the_next_turn() -> None:
     second = make_sequence("2", prompt, 5)
     computed = run(core, [second])
     # The last token of an answer was sampled but never computed.
-    assert second.cached_tokens == (18 + 15 - 1) // 4 * 4
+    assert second.cached_tokens == 18 + 15 - 1
     assert computed == len(prompt) - second.cached_tokens
+    check(second)
+
+
+@pytest.mark.parametrize("n_out", [1, 2, 3, 4, 5, 6])
+def test_the_half_full_page_of_an_answer_is_continued(n_out: int) -> None:
+    core = make_core()
+    history = STEM[:18]
+    for turn in range(4):
+        sequence = make_sequence(str(turn), history, n_out, ignore_eos=True)
+        run(core, [sequence])
+        check(sequence, ignore_eos=True)
+        if turn:
+            assert sequence.cached_tokens == len(history) - 3
+        history = [*history, *sequence.output_ids, 1 + turn, 2]
+    branch = make_sequence("branch", [*STEM[:18], 9, 9, 9], 3)
+    run(core, [branch])
+    check(branch)
+
+
+def test_without_a_mover_half_full_pages_are_computed_again() -> None:
+    core = make_core(copies=False)
+    run(core, [make_sequence("1", STEM[:18], 1, ignore_eos=True)])
+    second = make_sequence("2", STEM[:24], 3)
+    assert run(core, [second]) == 24 - 16
     check(second)
 
 

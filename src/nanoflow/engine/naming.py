@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nanoflow.core.batch import Int32Array
 from nanoflow.engine.sequence import Sequence
 from nanoflow.kvcache.chain import RunningHash, begin, page_keys, salted_root, tail_key
 
@@ -21,19 +21,32 @@ class PageNames:
         keys = sequence.page_keys
         if len(keys) < n_pages:
             page = self.page_tokens
-            tokens = sequence.known_ids()[len(keys) * page : n_pages * page]
+            tokens = sequence.tokens(len(keys) * page, n_pages * page)
             keys += page_keys(self._history(sequence), tokens, page)
         return keys
 
-    def tail(self, sequence: Sequence, tokens: Int32Array) -> bytes:
-        """Name of a half-full page with `tokens`, after the pages that have been named."""
-        return tail_key(self._history(sequence), tokens)
+    def tail(self, sequence: Sequence, start: int, stop: int) -> bytes:
+        """Name of the half-full page of tokens [start, stop)."""
+        return tail_key(self._parent(sequence, start), sequence.tokens(start, stop))
+
+    def tails(self, sequence: Sequence, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        """(number of tokens, name) of each half-full page from `start` on, the longest, which ends at `stop`, first."""
+        parent, tokens = self._parent(sequence, start), sequence.tokens(start, stop)
+        for count in range(stop - start, 0, -1):
+            yield count, tail_key(parent, tokens[:count])
+
+    def _parent(self, sequence: Sequence, start: int) -> bytes:
+        n_pages = start // self.page_tokens
+        return sequence.page_keys[n_pages - 1] if n_pages else self._root_of(sequence)
 
     def _history(self, sequence: Sequence) -> RunningHash:
         """The hash of the pages that have been named."""
         if sequence.history is None:
-            sequence.history = begin(salted_root(self.root, sequence.request.cache_salt))
+            sequence.history = begin(self._root_of(sequence))
         return sequence.history
+
+    def _root_of(self, sequence: Sequence) -> bytes:
+        return salted_root(self.root, sequence.request.cache_salt)
 
     def reusable_pages(self, sequence: Sequence) -> int:
         """Full pages that may come from a cache."""

@@ -3,8 +3,8 @@
 On admission a request takes over the pages of its longest cached prefix; what it computes is named and can be shared by
 the next request of the same iteration already (rows of the dense batch see the keys of earlier rows). When it lets go,
 its full pages stay as cache. At least one token is always computed, since somebody has to make the logits: where all
-tokens are cached, the page of the last one is copied, and so is the half-full last page of a prompt whose choices
-(`n` > 1) share it.
+tokens are cached, the page of the last one is copied. So is a half-full page: the last one of a prompt whose choices
+(`n` > 1) share it, or of an answer that the next turn of its conversation continues.
 """
 
 from __future__ import annotations
@@ -103,8 +103,11 @@ class Residency:
         computed = choices.computed_at is not None and choices.computed_at < self._iteration
         return leader is not sequence and not computed
 
-    def match(self, sequence: Sequence) -> Match:
-        """The longest cached prefix. Holds nothing: the pages may be evicted by the next allocation."""
+    def match(self, sequence: Sequence, *, roughly: bool = False) -> Match:
+        """The longest cached prefix. Holds nothing: the pages may be evicted by the next allocation.
+
+        `roughly` leaves out half-full pages.
+        """
         if not self.pool.caching:
             return Match(0)
         known = sequence.n_known
@@ -117,8 +120,8 @@ class Residency:
             if n_lower:
                 return Match(tokens, pages, n_lower=n_lower)
         if tokens <= most:
-            source = self._tail(sequence, tokens, known) if len(pages) == len(keys) and most == known - 1 else None
-            return Match(tokens if source is None else most, pages, source)
+            more, source = (0, None) if roughly else self._tail(sequence, tokens, most)
+            return Match(tokens + more, pages, source)
         kept = pages[: most // self.page_tokens]
         if most < known - 1:
             return Match(len(kept) * self.page_tokens, kept)
@@ -128,6 +131,8 @@ class Residency:
     def borrowed_pages(self, matches: list[Match]) -> Int32Array:
         """For each of some matches, its pages that running requests or earlier matches hold: they take no memory."""
         lengths = [len(match.pages) for match in matches]
+        if not any(lengths):
+            return np.zeros(len(matches), dtype=np.int32)
         pages = np.concatenate([match.pages for match in matches])
         new = np.zeros(len(pages), dtype=bool)
         new[np.unique(pages, return_index=True)[1]] = True
@@ -144,6 +149,9 @@ class Residency:
         sequence = table.sequences[slot]
         assert sequence is not None
         match = self.match(sequence)
+        if not match.tokens and not match.n_lower:
+            sequence.cached_tokens = sequence.cached_tokens or 0
+            return
         table.borrowed[slot] = np.count_nonzero(pool.references(match.pages))
         pool.share(match.pages)
         pages, tokens = match.pages, match.tokens
@@ -192,9 +200,8 @@ class Residency:
             self.pool.name(self.names.keys(sequence, last)[first:last], held[: last - first])
         if sequence.choices is not None and sequence.choices.leader is sequence and stop == int(table.target[slot]):
             sequence.choices.computed_at = self._iteration
-            if stop % page and last == len(sequence.page_keys):
-                tokens = sequence.known_ids()[last * page : stop - 1]
-                self.pool.insert_tail(self.names.tail(sequence, tokens), int(held[-1]))
+            if stop % page > 1:
+                self.pool.insert_tail(self.names.tail(sequence, last * page, stop - 1), int(held[-1]))
 
     def release(self, slot: int) -> None:
         """Take all pages from `slot`; full ones stay as cache. What in-flight batches write to them is counted in."""
@@ -204,10 +211,12 @@ class Residency:
         sequence = table.sequences[slot]
         assert sequence is not None
         if self.pool.caching:
-            known = sequence.n_known
-            full = min(int(table.computed[slot]), known) // self.page_tokens
-            keys = self.names.keys(sequence, full)[:full]
-            pages[:full] = self.pool.adopt(keys, pages[:full])
+            stop = min(int(table.computed[slot]), sequence.n_known)
+            full = stop // self.page_tokens
+            keys = names = self.names.keys(sequence, full)[:full]
+            if stop % self.page_tokens and self._mover is not None:
+                names = [*keys, self.names.tail(sequence, full * self.page_tokens, stop)]
+            pages[: len(names)] = self.pool.adopt(names, pages[: len(names)])
             sequence.sought = False
             if self.loader is not None and full:
                 self.loader.lower.offload(keys, pages[:full])
@@ -252,13 +261,16 @@ class Residency:
 
     # --- parts ---
 
-    def _tail(self, sequence: Sequence, start: int, known: int) -> int | None:
-        """A page to copy that holds tokens [start, known - 1), computed for another choice of the same request."""
-        if sequence.choices is None or start >= known - 1:
-            return None
-        tokens = sequence.known_ids()[start : known - 1]
-        page = self.pool.lookup_tail(self.names.tail(sequence, tokens))
-        return None if page is None else self._copyable(page)
+    def _tail(self, sequence: Sequence, start: int, most: int) -> tuple[int, int | None]:
+        """How many tokens from `start` on, less than a page, some half-full page holds, and the page to copy."""
+        stop = min(most, start + self.page_tokens - 1)
+        if stop <= start or self._mover is None or (start == 0 and sequence.choices is None):
+            return 0, None
+        for count, name in self.names.tails(sequence, start, stop):
+            page = self.pool.lookup_tail(name)
+            if page is not None and self._copyable(page) is not None:
+                return count, page
+        return 0, None
 
     def _copyable(self, page: int) -> int | None:
         """`page`, unless its contents are only being computed by the batch that would need the copy."""

@@ -245,7 +245,7 @@ class Scheduler:
                 break
             if not self.residency.must_wait(sequence):
                 candidates.append(sequence)
-                matches.append(self.residency.match(sequence))
+                matches.append(self.residency.match(sequence, roughly=True))
                 found = matches[-1].tokens + matches[-1].n_lower * self.limits.page_tokens
                 budget -= sequence.n_known - found
         if not candidates:

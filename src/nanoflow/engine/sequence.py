@@ -105,6 +105,15 @@ class Sequence:
             return self.prompt_array
         return np.concatenate([self.prompt_array, np.asarray(self.output_ids, dtype=np.int32)])
 
+    def tokens(self, start: int, stop: int) -> Int32Array:
+        """Known tokens [start, stop)."""
+        n_prompt = len(self.prompt_array)
+        if stop <= n_prompt:
+            return self.prompt_array[start:stop]
+        if start < n_prompt:
+            return self.known_ids()[start:stop]
+        return np.asarray(self.output_ids[start - n_prompt : stop - n_prompt], dtype=np.int32)
+
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
         """Close the sequence; the first reason stands."""
         if self.finish_reason is None:

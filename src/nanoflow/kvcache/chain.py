@@ -21,6 +21,8 @@ from typing import Protocol
 from nanoflow.core.batch import Int32Array
 from nanoflow.kvcache.tier import KEY_BYTES
 
+_TAIL = b"a page that is not full, after "
+
 
 class RunningHash(Protocol):
     """What `hashlib` gives: the hash of everything it was fed so far."""
@@ -28,8 +30,6 @@ class RunningHash(Protocol):
     def update(self, data: bytes, /) -> None: ...
 
     def digest(self) -> bytes: ...
-
-    def copy(self) -> RunningHash: ...
 
 
 def root_key(*identity: str) -> bytes:
@@ -55,11 +55,12 @@ def page_keys(history: RunningHash, tokens: Int32Array, page_tokens: int) -> lis
     return [feed(page) or name()[:KEY_BYTES] for (page,) in iter_unpack(f"{width}s", data)]
 
 
-def tail_key(history: RunningHash, tokens: Int32Array) -> bytes:
-    """Name of a page that is not full: it holds `tokens` so far, after `history`. Never that of a full page."""
-    longer = history.copy()
-    longer.update(tokens.astype("<i4", copy=False).tobytes())
-    return longer.digest()[:KEY_BYTES]
+def tail_key(parent: bytes, tokens: Int32Array) -> bytes:
+    """Name of a page that is not full and holds `tokens` so far. Never the name of a full page.
+
+    `parent` is the name of the page before it, or the root.
+    """
+    return hashlib.sha256(_TAIL + parent + tokens.astype("<i4", copy=False).tobytes()).digest()[:KEY_BYTES]
 
 
 def _hash_of(parts: list[bytes]) -> bytes:

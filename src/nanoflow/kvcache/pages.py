@@ -124,8 +124,12 @@ class PagePool:
             self._tail_of[page] = key
 
     def lookup_tail(self, key: bytes) -> int | None:
-        """A page that begins with the tokens of a tail key; copy it before writing behind them."""
-        return self._tails.get(key)
+        """A page that begins with the tokens of a tail key; copy it before writing behind them.
+
+        It is in use and was given to `insert_tail`, or is kept under that key like a full page.
+        """
+        page = self._tails.get(key)
+        return self._page_of.get(key) if page is None else page
 
     def clear(self) -> int:
         """Drop all kept pages that nobody holds; returns how many."""
