@@ -220,7 +220,7 @@ def main() -> None:
     plain |= dict.fromkeys(("offload", "reload"), "one cudaMemcpyAsync")
     summary = report(results, plain)
     if args.json:
-        settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
+        settings = {name: str(value) for name, value in vars(args).items() if name not in ("json", "folder")}
         document = {"settings": settings, "queue_depth": QUEUE_DEPTH, "results": summary}
         args.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
