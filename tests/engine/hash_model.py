@@ -149,6 +149,9 @@ class HashMover:
     def attach(self, pool: np.ndarray) -> None:
         self._pool = pool
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
         assert len(set(targets.tolist())) == len(targets)
         self._pages[targets] = self._pages[sources]

@@ -64,12 +64,10 @@ def make_mover(executor: Launcher, device: Device, pipeline: Pipeline) -> PageMo
     if device.kind == "cuda":
         from nanoflow.device.cuda import CudaDevice
         from nanoflow.executor.captured import CapturedExecutor
-        from nanoflow.executor.cuda_copies import CudaMover
-        from nanoflow.kernels.triton.pages import PageCopier
+        from nanoflow.executor.stream_copies import StreamMover
 
         if isinstance(executor, CapturedExecutor) and isinstance(device, CudaDevice):
-            layers = executor.decoder.kv_layers
-            return CudaMover(device, layers, PageCopier(layers))
+            return StreamMover(executor.decoder.kv_layers, device.main)
     return None
 
 

@@ -82,6 +82,9 @@ class LaneMover:
         assert pool.shape[1] == self.page_bytes, "a row holds one page of all layers"
         self._pool = torch.from_numpy(pool)
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
     def copy(self, sources: Int32Array, targets: Int32Array) -> None:
         """Copy pages within the device, in order with the iterations."""
         source_p, target_p = torch.from_numpy(sources).long(), torch.from_numpy(targets).long()
@@ -103,11 +106,7 @@ class LaneMover:
                 pool[:, start : start + width].index_copy_(0, slot_p, rows.index_select(0, page_p))
                 start += width
 
-        def count(seconds: float) -> None:
-            self.stats.offloaded_bytes += len(pages) * self.page_bytes
-            self.stats.offload_s += seconds
-
-        return self._start(len(pages), copy, count)
+        return self._start(len(pages), copy, offload=True)
 
     def reload(self, slots: npt.NDArray[np.int64], pages: Int32Array) -> LaneTransfer:
         """Write rows of the pool to device pages."""
@@ -120,17 +119,16 @@ class LaneMover:
                 rows.index_copy_(0, page_p, pool[:, start : start + width].index_select(0, slot_p))
                 start += width
 
-        def count(seconds: float) -> None:
-            self.stats.reloaded_bytes += len(pages) * self.page_bytes
-            self.stats.reload_s += seconds
-
-        return self._start(len(pages), copy, count)
+        return self._start(len(pages), copy, offload=False)
 
     def _pool_rows(self) -> Tensor:
         assert self._pool is not None, "no tier below the device was given"
         return self._pool
 
-    def _start(self, n_pages: int, copy: Callable[[], None], count: Callable[[float], None]) -> LaneTransfer:
+    def _start(self, n_pages: int, copy: Callable[[], None], *, offload: bool) -> LaneTransfer:
+        def count(seconds: float) -> None:
+            self.stats.count(n_pages * self.page_bytes, seconds, offload=offload)
+
         transfer = LaneTransfer(n_pages)
         self._device.start(self._copies, [lambda: transfer.run(copy, count)], issue)
         return transfer

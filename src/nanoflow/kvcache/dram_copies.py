@@ -54,13 +54,21 @@ def runs_of_slots(slots: Int64Array) -> Iterator[tuple[int, int, int]]:
 class CopyTransfer:
     """Pages being copied by the device; see `kvcache.tier.Transfer`."""
 
-    def __init__(self, n_pages: int, event: torch.cuda.Event | None, keep: Sequence[Any]) -> None:
+    def __init__(
+        self, n_pages: int, begun: torch.cuda.Event | None, event: torch.cuda.Event | None, keep: Sequence[Any]
+    ) -> None:
         self._whole = np.ones(n_pages, dtype=np.bool_)
-        self._event, self._keep = event, keep  # what the device reads must live until it has
+        self._begun, self._event, self._keep = begun, event, keep  # what the device reads must live until it has
 
     def poll(self) -> bool:
         """Whether the device is done."""
         return self._event is None or bool(self._event.query())
+
+    def seconds(self) -> float:
+        """From when the device came to it to its end, which has been seen; 0 on a CPU."""
+        if self._begun is None or self._event is None:
+            return 0.0
+        return float(self._begun.elapsed_time(self._event)) / 1e3
 
     def result(self) -> BoolArray:
         """Wait for the device; all pages are whole."""
@@ -85,7 +93,7 @@ class _Queue:
             self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             act()
-        ended: torch.cuda.Event = self._stream.record_event()
+        ended: torch.cuda.Event = self._stream.record_event(torch.cuda.Event(enable_timing=True))
         return ended
 
 
@@ -122,7 +130,7 @@ class DeviceCopies:
         now = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
         first, last = (self._paging, self._link) if to_pool else (self._link, self._paging)
         first.run(now, _nothing)
-        ended = last.run(now, _nothing)
+        begun = ended = last.run(now, _nothing)
         for number, start in enumerate(range(0, len(pages), self._n_staged)):
             chunk = slice(start, min(start + self._n_staged, len(pages)))
             staged = self._staging[number % 2, : chunk.stop - start]
@@ -131,7 +139,7 @@ class DeviceCopies:
             fill, empty = (on_device, over_link) if to_pool else (over_link, on_device)
             filled = first.run(self._emptied[number % 2], fill)
             ended = self._emptied[number % 2] = last.run(filled, empty)
-        return CopyTransfer(len(pages), ended, [page_p])
+        return CopyTransfer(len(pages), begun, ended, [page_p])
 
     def _gather(self, page_p: Tensor, staged: Tensor) -> None:
         for layer, columns in self._columns(staged):

@@ -207,6 +207,7 @@ class LowerTiers:
             self.poll()
         if self.ssd is not None:
             self.ssd.close()
+        self._mover.close()
         self.dram.close()
 
     def _take_stats(self) -> tuple[TierFill, ...]:

@@ -25,6 +25,15 @@ class MoverStats:
     reloaded_bytes: int = 0
     reload_s: float = 0.0
 
+    def count(self, n_bytes: int, seconds: float, *, offload: bool) -> None:
+        """Add a copy that has ended."""
+        if offload:
+            self.offloaded_bytes += n_bytes
+            self.offload_s += seconds
+        else:
+            self.reloaded_bytes += n_bytes
+            self.reload_s += seconds
+
 
 class PageMover(Protocol):
     """Copies in the order of the device's work. Called by the engine's thread; no call waits.
@@ -44,6 +53,10 @@ class PageMover(Protocol):
 
     def attach(self, pool: UInt8Array) -> None:
         """Copy to and from the rows of `pool`, uint8 (slots, page_bytes), from now on."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the pool's memory. All transfers have ended, no other call follows."""
         ...
 
     def copy(self, sources: Int32Array, targets: Int32Array) -> None:
