@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from nanoflow.kernels.triton.prefill_attention import prefill_attention
 from nanoflow.kernels.triton.work_lists import DecodePlanner, PrefillPlanner
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-SUSTAIN_S = 1.5
+SUSTAIN_S = 2.0
 DECODE_SWEEP = [
     *(DecodeShape(64, 4, stages, blocks) for stages, blocks in ((2, 4), (2, 5), (3, 4), (3, 5), (3, 10))),
     *(DecodeShape(64, 4, stages, blocks) for stages, blocks in ((4, 3), (5, 2))),
@@ -125,14 +125,24 @@ def green_stream(n_sms: int) -> tuple[torch.cuda.Stream, int]:
     return torch.cuda.ExternalStream(int(stream)), groups[0].sm.smCount
 
 
-def mean_power_w(seconds: float) -> float:
-    """What the card draws, sampled over the last half of the next `seconds`."""
-    time.sleep(seconds / 2)
-    samples = []
-    for _ in range(8):
-        samples.append(torch.cuda.power_draw() / 1e3)
-        time.sleep(seconds / 20)
-    return statistics.mean(samples)
+class PowerMeter(threading.Thread):
+    """Samples what the card draws, every 20 ms, until `mean_w`; replays block the thread that issues them."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._samples: list[float] = []
+        self._done = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._done.wait(0.02):
+            self._samples.append(torch.cuda.power_draw() / 1e3)
+
+    def mean_w(self) -> float:
+        """The mean over the last quarter so far: the driver's number is itself a mean over about a second."""
+        self._done.set()
+        self.join()
+        return statistics.mean(self._samples[-max(1, len(self._samples) // 4) :] or [0.0])
 
 
 def measure(run: Callable[[], None], stream: torch.cuda.Stream, sustain_s: float) -> tuple[float, float, float]:
@@ -156,12 +166,13 @@ def measure(run: Callable[[], None], stream: torch.cuda.Stream, sustain_s: float
             return burst, 0.0, 0.0
         n_replays = max(1, int(sustain_s / burst))
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        meter = PowerMeter()
         begin.record(stream)
         for _ in range(n_replays):
             graph.replay()
         end.record(stream)
-        watts = mean_power_w(sustain_s)
         stream.synchronize()
+        watts = meter.mean_w()
     return burst, begin.elapsed_time(end) / 1e3 / n_replays, watts
 
 

@@ -85,6 +85,12 @@ def pointer(tensor: Tensor) -> Argument:
     return tensor.data_ptr(), ctypes.c_void_p
 
 
+def copies_pages(page_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether the copy engine's boxes fit pages of this size and element type."""
+    is_power_of_two = page_tokens & (page_tokens - 1) == 0
+    return page_tokens >= MIN_BOX_ROWS and is_power_of_two and dtype in (torch.bfloat16, torch.float16)
+
+
 def tensor_map(kv_layer: Tensor, box_rows: int) -> Argument:
     """How the copy engine sees a layer: (rows, head_dim), fetched in swizzled boxes of `box_rows` × `BOX_COLUMNS`."""
     head_dim = kv_layer.shape[-1]

@@ -24,19 +24,20 @@ SOURCE = Path(__file__).with_name("decode_bulk.cu")
 _HEAD_DIMS = (64, 128, 256)
 _MAX_GROUP = 16
 _BARRIER_BYTES = 8
+_UNSPILLED_BLOCKS = 8
+"""Blocks a multiprocessor that leave a thread 255 registers, which wide heads and groups need."""
 _THREADS = 32
 
 
+def fits(head_dim: int, group: int) -> bool:
+    """Whether the kernel is written for this head dimension and this many query heads a KV head."""
+    return head_dim in _HEAD_DIMS and group <= _MAX_GROUP
+
+
 def supports(kv_layer: Tensor, group: int) -> bool:
-    """Whether the kernel is written for this layer: head dimension, group of query heads, page size, element type."""
+    """Whether the kernel is written for this layer: what `fits` asks, its page size and its element type."""
     _, _, _, page_tokens, head_dim = kv_layer.shape
-    return (
-        head_dim in _HEAD_DIMS
-        and group <= _MAX_GROUP
-        and page_tokens >= cuda_source.MIN_BOX_ROWS
-        and page_tokens & (page_tokens - 1) == 0
-        and kv_layer.dtype in (torch.bfloat16, torch.float16)
-    )
+    return fits(head_dim, group) and cuda_source.copies_pages(page_tokens, kv_layer.dtype)
 
 
 def launch(
@@ -112,6 +113,7 @@ def macros(
     has_window: bool,
 ) -> dict[str, int]:
     """What `decode_bulk.cu` is compiled with."""
+    wide = head_dim > 128 or group > 8
     return {
         "DIM": head_dim,
         "GROUP": group,
@@ -119,7 +121,7 @@ def macros(
         "PAGE_TOKENS": page_tokens,
         "KEYS": shape.keys,
         "STAGES": shape.stages,
-        "BLOCKS_PER_SM": shape.blocks_per_sm,
+        "BLOCKS_PER_SM": min(shape.blocks_per_sm, _UNSPILLED_BLOCKS) if wide else shape.blocks_per_sm,
         "IS_BF16": int(is_bf16),
         "HAS_WINDOW": int(has_window),
     }

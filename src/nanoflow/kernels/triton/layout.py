@@ -49,18 +49,21 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-_WHOLE_CARD_SMS = 100
-"""From here on memory bounds a lane, and fewer bytes in flight read faster; below, a multiprocessor needs more."""
+_BULK_DECODE = ((80, 32, 3), (56, 16, 8), (0, 16, 12))
+"""(multiprocessors of a lane from which on, keys a step, blocks a multiprocessor) for 128 values a head, two stages.
+
+On the whole card memory is the limit and 96 KiB in flight a multiprocessor read fastest; on 32 it takes 192 KiB.
+"""
 
 
 def decode_shape(head_dim: int, lane_sms: int, bulk: bool = False) -> DecodeShape:
     """The measured choice for a head dimension and a lane (`benchmarks/cuda_attention.py` sweeps them)."""
     if bulk:
-        keys = max(16, 16 * 128 // head_dim)
-        blocks, stages = (4, 2) if lane_sms >= _WHOLE_CARD_SMS else (8, 3)
-        if head_dim >= 256:  # a step of 16 keys is 16 KiB, not 8
-            blocks //= 2
-        return DecodeShape(keys=keys, warps=1, stages=stages, blocks_per_sm=blocks, bulk=True)
+        keys, blocks = next((keys, blocks) for sms, keys, blocks in _BULK_DECODE if lane_sms >= sms)
+        wanted = keys * 128 // head_dim  # the same bytes a step, within what the kernel is tested for
+        keys = min(32, max(16, wanted))
+        blocks = blocks * wanted // keys
+        return DecodeShape(keys=keys, warps=1, stages=2, blocks_per_sm=blocks, bulk=True)
     return DecodeShape(keys=max(16, min(64, 32 * 128 // padded(head_dim))), warps=1, stages=3, blocks_per_sm=8)
 
 

@@ -37,16 +37,15 @@ def unusable_reason() -> str | None:
     return reason
 
 
+def fits(head_dim: int, group: int) -> bool:
+    """Whether the kernel is written for this head dimension and this many query heads a KV head."""
+    return head_dim in _STAGES and group <= ROWS
+
+
 def supports(kv_layer: Tensor, group: int) -> bool:
-    """Whether the kernel is written for this layer: head dimension, group of query heads, page size, element type."""
+    """Whether the kernel is written for this layer: what `fits` asks, its page size and its element type."""
     _, _, _, page_tokens, head_dim = kv_layer.shape
-    return (
-        head_dim in _STAGES
-        and group <= ROWS
-        and page_tokens >= cuda_source.MIN_BOX_ROWS
-        and page_tokens & (page_tokens - 1) == 0
-        and kv_layer.dtype in (torch.bfloat16, torch.float16)
-    )
+    return fits(head_dim, group) and cuda_source.copies_pages(page_tokens, kv_layer.dtype)
 
 
 def launch(

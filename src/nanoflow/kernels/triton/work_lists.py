@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.batch import Int32Array, Int64Array
-from nanoflow.kernels.triton import cuda_source, prefill_bulk
+from nanoflow.kernels.triton import cuda_source, decode_bulk, prefill_bulk
 from nanoflow.kernels.triton.layout import DecodeShape, PrefillShape, decode_shape, prefill_shape
 
 KEY_TILE = 64
@@ -94,7 +94,8 @@ class DecodePlanner:
         lane_sms: int,
         shape: DecodeShape | None = None,
     ) -> None:
-        self.shape = shape or decode_shape(head_dim, lane_sms, bulk=cuda_source.unusable_reason() is None)
+        bulk = decode_bulk.fits(head_dim, n_heads // n_kv_heads) and cuda_source.unusable_reason() is None
+        self.shape = shape or decode_shape(head_dim, lane_sms, bulk)
         self.n_slots = max(1, lane_sms * self.shape.blocks_per_sm // n_kv_heads)
         self._n_rows, self._n_heads, self._head_dim = n_rows, n_heads, head_dim
         self._n_items = n_rows + self.n_slots
@@ -177,7 +178,8 @@ class PrefillPlanner:
         lane_sms: int,
         shape: PrefillShape | None = None,
     ) -> None:
-        self.shape = shape or prefill_shape(head_dim, bulk=prefill_bulk.unusable_reason() is None)
+        bulk = prefill_bulk.fits(head_dim, n_heads // n_kv_heads) and prefill_bulk.unusable_reason() is None
+        self.shape = shape or prefill_shape(head_dim, bulk)
         self._queries = self.shape.rows // (n_heads // n_kv_heads)
         n_items = n_rows // self._queries + n_requests
         self._n_blocks = max(1, min(lane_sms * self.shape.blocks_per_sm, n_items * n_kv_heads))
