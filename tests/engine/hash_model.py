@@ -135,6 +135,7 @@ class HashMover:
     """Copies pages of a `HashModel`, in the order of its launches. Copies to and from a pool end `delay` polls late."""
 
     pins = False
+    node = None
 
     def __init__(self, model: HashModel, delay: int = 0) -> None:
         self._pages = model.memory.reshape(model.limits.n_pages, model.limits.page_tokens)

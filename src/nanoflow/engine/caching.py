@@ -92,7 +92,7 @@ def tiers_below(
     if cache.kv_ssd_path is not None:
         folder = store_folder(Path(cache.kv_ssd_path), layout)
         ssd = open_ssd(folder, cache.kv_ssd_bytes or _half_of_disk(folder), page_bytes, layout)
-    dram = open_dram(dram_bytes, page_bytes, pin=mover.pin if mover.pins else None)
+    dram = open_dram(dram_bytes, page_bytes, pin=mover.pin if mover.pins else None, node=mover.node)
     mover.attach(dram.pool)
     cost = RecomputeCost(work.flops_per_token, work.flops_per_pair, rates.flops_per_s)
     policy = ReloadPolicy(cache.page_tokens, page_bytes, cost)

@@ -60,6 +60,7 @@ class LaneMover:
     """
 
     pins = False
+    node: int | None = None
 
     def __init__(self, device: Device, kv_layers: list[Tensor], lane: int = 0) -> None:
         self.page_bytes = page_bytes(kv_layers)

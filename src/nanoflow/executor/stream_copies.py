@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanoflow.core.batch import Int32Array
 from nanoflow.kvcache.dram_copies import CopyTransfer, DeviceCopies, page_lock, page_unlock
+from nanoflow.kvcache.dram_numa import node_of_pci_device
 from nanoflow.kvcache.mover import MoverStats
 from nanoflow.kvcache.tier import BoolArray, UInt8Array
 
@@ -47,6 +48,7 @@ class StreamMover:
 
     def __init__(self, kv_layers: list[Tensor], main: torch.cuda.Stream | None) -> None:
         self.pins = main is not None
+        self.node = _memory_node(kv_layers[0].device)
         self.page_bytes = sum(layer[0].numel() * layer.element_size() for layer in kv_layers)
         self.stats = MoverStats()
         self._layers = kv_layers
@@ -91,3 +93,15 @@ class StreamMover:
         with torch.no_grad(), torch.cuda.stream(self._main):
             transfer = self._copies.reload(slots, pages)
         return TimedTransfer(transfer, len(pages) * self.page_bytes, self.stats, offload=False)
+
+
+def _memory_node(device: torch.device) -> int | None:
+    """The memory node next to the GPU; None where torch or the system does not say."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    places = [getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in places:
+        return None
+    domain, bus, number = places
+    return node_of_pci_device(f"{domain:04x}:{bus:02x}:{number:02x}.0")

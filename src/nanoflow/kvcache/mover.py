@@ -45,6 +45,8 @@ class PageMover(Protocol):
     page_bytes: int
     pins: bool
     """Whether the pool's memory should be page-locked by `pin`."""
+    node: int | None
+    """The memory node that the pool should lie on; None where it does not matter."""
     stats: MoverStats
 
     def pin(self, memory: UInt8Array) -> None:
