@@ -243,6 +243,21 @@ def test_a_failed_copy_is_computed_instead() -> None:
     bench.close()
 
 
+def test_a_failed_device_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    for number in range(4):
+        bench.core.add(request(number))
+    bench.core.step(None)
+
+    def broken(*_: object) -> object:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(bench.mover, "offload", broken)
+    bench.core.fail_all("it failed")
+    assert not bench.scheduler.live_sequences()
+    bench.close()
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rounds=st.lists(

@@ -111,6 +111,7 @@ class EngineCore:
 
     def fail_all(self, message: str) -> None:
         """End every sequence with an error (after the device has failed)."""
+        self.scheduler.residency.abandon()
         self._take_commands()
         for sequence in self.scheduler.live_sequences():
             self._end(sequence, message)

@@ -254,6 +254,11 @@ class Residency:
         if self.loader is not None:
             self.loader.lower.wait()
 
+    def abandon(self) -> None:
+        """The device has failed: copy nothing any more."""
+        if self.loader is not None:
+            self.loader.lower.abandon()
+
     def close(self) -> None:
         """Keep what lower tiers can keep. Nothing may run or be launched any more."""
         if self.loader is not None:

@@ -27,7 +27,7 @@ from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
 
-LOOK_AHEAD = 256
+LOOK_AHEAD = 64
 """Waiting requests that are looked at in one iteration, where those before them wait for pages."""
 
 SEEK_AHEAD = 16

@@ -94,6 +94,7 @@ class LowerTiers:
         self._from_ssd: set[bytes] = set()  # keys that the SSD brought to DRAM and nobody has used yet
         self.reload_wait_s = 0.0  # from the start to the end of every fetch and reload, summed
         self._closed = False
+        self._abandoned = False
         self.stats = self._take_stats()
         """Of the last `poll`, one entry a tier from DRAM down; may be read from any thread."""
 
@@ -101,6 +102,8 @@ class LowerTiers:
 
     def offload(self, keys: list[bytes], pages: Int32Array) -> None:
         """Copy to DRAM what is not there. The caller holds the pages now; while they are copied they are held here."""
+        if self._abandoned:
+            return
         known = self.dram.contains(keys)
         wanted = [i for i in np.flatnonzero(~known).tolist() if keys[i] not in self._arriving]
         if not wanted or not self._policy.pays(wanted[0], len(wanted), self._reload_bandwidth()):
@@ -196,11 +199,19 @@ class LowerTiers:
         while time.monotonic() < deadline and not any(transfer.poll() for transfer in self._transfers()):
             time.sleep(POLL_S)
 
+    def abandon(self) -> None:
+        """The device has failed: ask nothing of it any more. What the SSD has stays."""
+        self._abandoned = True
+
     def close(self) -> None:
         """Finish all copies, write what the SSD does not have yet, close the tiers. Idempotent."""
         if self._closed:
             return
         self._closed = True
+        if self._abandoned:  # copies may still write to the pool: it stays until the process ends
+            if self.ssd is not None:
+                self.ssd.close()
+            return
         while self._offloads or self._reloads or self._fetches or self._write or self._unwritten:
             for transfer in list(self._transfers()):
                 transfer.result()
@@ -244,6 +255,8 @@ class LowerTiers:
             return False
         whole = self._arrive(fetch.keys, fetch.transfer)
         self._from_ssd.update(whole)
+        if len(self._from_ssd) > self.dram.capacity_pages:  # some were evicted before anybody used them
+            self._from_ssd = {key for key in self._from_ssd if self.dram.contains([key])[0]}
         self._fetching.difference_update(fetch.keys)
         self.reload_wait_s += time.monotonic() - fetch.started_s
         self.dram.touch(fetch.chain)
