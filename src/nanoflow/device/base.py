@@ -71,6 +71,10 @@ class Program:
 class Run(Protocol):
     """An iteration in flight."""
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` seconds; whether the last launch is done."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for the last launch. Re-raises the first error of any launch."""
         ...
@@ -111,6 +115,10 @@ class Device(Protocol):
 
     def energy_j(self) -> float | None:
         """Energy used since the device was opened, in joules; None where it cannot be read."""
+        ...
+
+    def power_cap_w(self) -> float | None:
+        """The power limit now in force, in watts; None where there is none or it cannot be read."""
         ...
 
     def close(self) -> None:

@@ -70,6 +70,9 @@ class CpuRun:
         if last:
             self._done.set()
 
+    def wait(self, timeout_s: float) -> bool:
+        return self._done.wait(timeout_s)
+
     def synchronize(self) -> None:
         self._done.wait()
         if self.error is not None:
@@ -188,6 +191,10 @@ class CpuDevice:
         """Package energy where the kernel lets this user read it (its counter wraps after some hours)."""
         now = _package_energy_j()
         return None if now is None else max(0.0, now - self._energy_start_j)
+
+    def power_cap_w(self) -> float | None:
+        """None: a CPU's limits are per package, over windows, and rarely what bounds it."""
+        return None
 
     def close(self) -> None:
         for lane in self._lanes:

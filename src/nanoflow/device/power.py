@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,3 +48,31 @@ class PowerMeter:
         if self._nvml is None:
             return None
         return float(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
+
+
+class TickedPower:
+    """Mean power from an energy counter that moves in ticks: energy between two ticks over the time between them.
+
+    Reading such a counter at the ends of a short window would be wrong by up to a tick. Call `poll` often.
+    """
+
+    LEAST_TICKS = 3
+
+    def __init__(self, energy_j: Callable[[], float | None]) -> None:
+        self._energy_j = energy_j
+        self._last = energy_j()
+        self._ticks: list[tuple[float, float]] = []
+
+    def poll(self) -> None:
+        """Look whether the counter has moved."""
+        now = self._energy_j()
+        if now is not None and now != self._last:
+            self._last = now
+            self._ticks.append((time.perf_counter(), now))
+
+    def watts(self) -> float | None:
+        """Mean power between the first and the last tick seen; None with fewer than `LEAST_TICKS`."""
+        if len(self._ticks) < self.LEAST_TICKS:
+            return None
+        (start_s, start_j), (end_s, end_j) = self._ticks[0], self._ticks[-1]
+        return (end_j - start_j) / (end_s - start_s)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nanoflow.device.cuda import CudaDevice
+from nanoflow.device.power import TickedPower
 from nanoflow.engine.sampler import LogitsSampler
 from nanoflow.engine.stage import Stage
 from nanoflow.engine.verification import Contender, IterationTime
@@ -67,14 +68,12 @@ def _back_to_back(device: CudaDevice, launch: Callable[[], Any]) -> tuple[float,
     for _ in range(QUEUED):
         go()
     first, count = ends[-1], 0
-    energy_j, began = device.energy_j(), time.perf_counter()
+    power, began = TickedPower(device.energy_j), time.perf_counter()
     while time.perf_counter() - began < SECONDS or count < 3:
         go()
         count += 1
         ends.popleft().synchronize()
-    used = device.energy_j()
-    elapsed = time.perf_counter() - began
+        power.poll()
     last = ends[-1]
     last.synchronize()
-    watts = None if energy_j is None or used is None else (used - energy_j) / elapsed
-    return first.elapsed_time(last) / 1e3 / count, watts
+    return first.elapsed_time(last) / 1e3 / count, power.watts()

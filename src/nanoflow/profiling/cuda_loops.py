@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 
 from nanoflow.device.cuda import CudaDevice, CudaLane
-from nanoflow.profiling.loops import WARM_UP, Loop, Timing, timing_of, watts_of
+from nanoflow.device.power import TickedPower
+from nanoflow.profiling.loops import WARM_UP, Loop, Timing, timing_of
 
 GRAPH_SECONDS = 2e-3
 MOST_LAUNCHES = 64
@@ -43,7 +44,7 @@ class _Player:
 
 
 def run_cuda_loops(device: CudaDevice, loops: Sequence[Loop], seconds: float, least: int) -> list[Timing]:
-    """See `profiling.loops.run_loops`; `least` counts replays of about 2 ms."""
+    """See `profiling.loops.run_loops`; `least` counts replays of about 2 ms. Energy needs about half a second."""
     device.open_lanes([(f"loop{index}", loop.share) for index, loop in enumerate(loops)])
     players = [_record(lane, loop) for lane, loop in zip(device.lanes, loops, strict=True)]
     torch.cuda.synchronize(device.torch_device)
@@ -51,19 +52,17 @@ def run_cuda_loops(device: CudaDevice, loops: Sequence[Loop], seconds: float, le
     start.record(device.main)
     for player in players:
         player.lane.stream.wait_event(start)
-    energy_j, began = [device.energy_j()], time.perf_counter()
+    power, began = TickedPower(device.energy_j), time.perf_counter()
     while time.perf_counter() - began < seconds or min(len(player.ends) for player in players) < least:
         # Whoever is behind is fed first: a lane must not run dry while the host waits for another.
         for player in sorted(players, key=_unplayed):
             player.play()
-    energy_j.append(device.energy_j())
+        power.poll()
     torch.cuda.synchronize(device.torch_device)
-    window = time.perf_counter() - began
     spans = [_spans(player, start) for player in players]
     common = max(one[0][1] for one in spans), min(one[-1][1] for one in spans)
-    watts = watts_of(energy_j, window)
     return [
-        timing_of([s for s in one if s[0] >= common[0] and s[1] <= common[1]] or one, watts, player.n)
+        timing_of([s for s in one if s[0] >= common[0] and s[1] <= common[1]] or one, power.watts(), player.n)
         for one, player in zip(spans, players, strict=True)
     ]
 

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanoflow.analysis.profile_table import TIME_NOISE, ProfileTable, SoloTime
+from nanoflow.analysis.profile_table import TIME_NOISE, Power, ProfileTable, SoloTime
 from nanoflow.core.log import get_logger
 from nanoflow.core.ops import Op
 from nanoflow.device.base import Device
+from nanoflow.device.power import TickedPower
 from nanoflow.profiling.fingerprint import machine_fingerprint
 from nanoflow.profiling.interference import PairResult, interference
 from nanoflow.profiling.journal import Journal
@@ -27,7 +28,8 @@ from nanoflow.profiling.tasks import PairTask, Settings, SoloTask, pair_tasks, s
 
 log = get_logger(__name__)
 
-IDLE_SECONDS = 0.5
+IDLE_SECONDS = 0.8
+IDLE_STEP_SECONDS = 0.005
 RETRIES = 2
 DISTURBED_SPREAD = 0.5
 OnTask = Callable[[int, int, str], None]
@@ -116,7 +118,10 @@ class Profiler:
 
     def _solo(self, subject: Measurable, task: SoloTask) -> dict[str, Any]:
         loop = Loop(task.share, subject.step(task.op, task.tokens))
-        timing = run_loops(self._device, [loop], self._settings.solo_seconds)[0]
+        seconds = self._settings.solo_seconds
+        if task.share == 1.0:
+            seconds = max(seconds, self._settings.energy_seconds)
+        timing = run_loops(self._device, [loop], seconds)[0]
         return asdict(
             SoloTime(
                 task.op,
@@ -202,16 +207,19 @@ class Profiler:
         note = f"{self._mix}; sizes by {self._settings.step}, medians over {self._settings.solo_seconds} s"
         first = self._implementations[0]
         curves = interference(pair for pair in pairs if pair.implementation == first)
-        table = ProfileTable(self._model, self._dtype, 1, self._machine, solo, curves, note=note)
+        cap_w = self._device.power_cap_w()
+        power = None if cap_w is None or self._idle_w is None else Power(cap_w, self._idle_w)
+        table = ProfileTable(self._model, self._dtype, 1, self._machine, solo, curves, power=power, note=note)
         return table, pairs
 
     def _measure_idle(self) -> float | None:
-        before = self._device.energy_j()
-        if before is None:
+        power, end = TickedPower(self._device.energy_j), time.perf_counter() + IDLE_SECONDS
+        if self._device.energy_j() is None:
             return None
-        time.sleep(IDLE_SECONDS)
-        after = self._device.energy_j()
-        return None if after is None else (after - before) / IDLE_SECONDS
+        while time.perf_counter() < end:
+            time.sleep(IDLE_STEP_SECONDS)
+            power.poll()
+        return power.watts()
 
     def _above_idle_mj(self, timing: Timing) -> float | None:
         if timing.energy_mj is None or self._idle_w is None:

@@ -60,7 +60,7 @@ class Subject:
         self._decoder = Decoder(spec, weights, kernels, kv_layers, max(mix.context, mix.chunk + mix.before) + 1)
         residual = torch.float32 if device.wide_residual else dtype
         acts = Activations.allocate(spec, max_tokens, dtype, self._where, residual)
-        for buffer in vars(acts).values():
+        for buffer in (buffer for buffer in vars(acts).values() if buffer is not None):
             fill_random(buffer)
         self._acts = acts
         self._stager = Stager(acts, self._where)

@@ -18,13 +18,17 @@ COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER)
 
 @dataclass(frozen=True)
 class Settings:
-    """How thorough a profile is: grain and largest of the sizes in tokens, and how long a loop runs in seconds."""
+    """How thorough a profile is: grain and largest of the sizes in tokens, and how long a loop runs in seconds.
+
+    On the whole device a loop runs for `energy_seconds` at least, where that is longer: energy counters are slow.
+    """
 
     step: int
     largest: int
     solo_seconds: float = 0.8
     pair_seconds: float = 1.0
     quick: bool = False
+    energy_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.largest < self.step:
