@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from nanoflow.engine.naming import PageNames
 from nanoflow.engine.sequence import Sequence
 from nanoflow.engine.table import RequestTable, SlotState
-from nanoflow.kvcache.lower import LowerTiers, Reload
+from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.pages import PagePool
+from nanoflow.kvcache.transfers import Reload
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,51 +21,11 @@ from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
 from nanoflow.kvcache.policy import GUESSED_COPY_BYTES_PER_S, GUESSED_READ_BYTES_PER_S, Bandwidth, ReloadPolicy
 from nanoflow.kvcache.tier import MemoryTier, Tier, Transfer
+from nanoflow.kvcache.transfers import Fetch, Offload, Reload, Write
 
 WRITE_PAGES = 128
 """Pages handed to the SSD at a time; the next ones wait until these are written."""
 POLL_S = 0.0005
-
-
-@dataclass
-class Reload:
-    """Pages on their way from DRAM to the device. `n_whole` is set at the end: so many came, from the first one on."""
-
-    keys: list[bytes]
-    pages: Int32Array
-    transfer: Transfer
-    started_s: float
-    n_whole: int | None = None
-    n_from_ssd: int = 0
-
-
-@dataclass(frozen=True)
-class _Offload:
-    """Pages on their way from the device to DRAM; `chain` names them and their ancestors."""
-
-    chain: list[bytes]
-    keys: list[bytes]
-    pages: Int32Array
-    transfer: Transfer
-
-
-@dataclass(frozen=True)
-class _Fetch:
-    """Pages on their way from the SSD to DRAM."""
-
-    chain: list[bytes]
-    keys: list[bytes]
-    transfer: Transfer
-    started_s: float
-
-
-@dataclass(frozen=True)
-class _Write:
-    """Pages on their way from DRAM to the SSD."""
-
-    chain: list[bytes]
-    keys: list[bytes]
-    transfer: Transfer
 
 
 class LowerTiers:
@@ -83,10 +42,10 @@ class LowerTiers:
         self._pool = pool
         self._mover = mover
         self._policy = policy
-        self._offloads: list[_Offload] = []
+        self._offloads: list[Offload] = []
         self._reloads: list[Reload] = []
-        self._fetches: list[_Fetch] = []
-        self._write: _Write | None = None
+        self._fetches: list[Fetch] = []
+        self._write: Write | None = None
         self._unwritten: deque[tuple[list[bytes], list[bytes]]] = deque()  # (chain, keys) to write to the SSD
         self._arriving: set[bytes] = set()  # keys with a reserved slot in DRAM
         self._fetching: set[bytes] = set()  # those of them that the SSD brings
@@ -115,7 +74,7 @@ class LowerTiers:
             return
         new, held = new[: len(slots)], pages[wanted[: len(slots)]]
         self._pool.share(held)
-        self._offloads.append(_Offload(keys, new, held, self._mover.offload(held, slots)))
+        self._offloads.append(Offload(keys, new, held, self._mover.offload(held, slots)))
 
     def _reserve(self, chain: Sequence[bytes], keys: list[bytes]) -> npt.NDArray[np.int64]:
         """DRAM slots for the first of `keys`; room is not made by dropping other pages of their own chain."""
@@ -156,7 +115,7 @@ class LowerTiers:
             wanted = wanted[: len(slots)]
             rows = [self.dram.pool[slot] for slot in slots.tolist()]
             self._fetching.update(wanted)
-            self._fetches.append(_Fetch(keys, wanted, self.ssd.get_many(wanted, rows), time.monotonic()))
+            self._fetches.append(Fetch(keys, wanted, self.ssd.get_many(wanted, rows), time.monotonic()))
 
     def on_its_way(self, key: bytes) -> bool:
         """Whether a page is coming to DRAM or to the device right now."""
@@ -240,7 +199,7 @@ class LowerTiers:
         if self._write is not None:
             yield self._write.transfer
 
-    def _ended(self, offload: _Offload) -> bool:
+    def _ended(self, offload: Offload) -> bool:
         if not offload.transfer.poll():
             return False
         self._arrive(offload.keys, offload.transfer)
@@ -250,7 +209,7 @@ class LowerTiers:
             self._unwritten.append((offload.chain, offload.keys))
         return True
 
-    def _fetched(self, fetch: _Fetch) -> bool:
+    def _fetched(self, fetch: Fetch) -> bool:
         if not fetch.transfer.poll():
             return False
         whole = self._arrive(fetch.keys, fetch.transfer)
@@ -307,7 +266,7 @@ class LowerTiers:
             held = [key for key, slot in zip(keys, slots.tolist(), strict=True) if slot >= 0]
             if held:
                 rows = [self.dram.pool[slot] for slot in slots[slots >= 0].tolist()]
-                self._write = _Write(chain, held, ssd.put_many(held, rows))
+                self._write = Write(chain, held, ssd.put_many(held, rows))
 
     def _reload_bandwidth(self) -> Bandwidth:
         stats = self._mover.stats
