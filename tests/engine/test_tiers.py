@@ -139,6 +139,18 @@ def test_pages_come_back_from_the_ssd_and_after_a_restart(tmp_path: Path) -> Non
     fresh.close()
 
 
+def test_pages_that_went_down_while_their_request_waited_come_back(tmp_path: Path) -> None:
+    bench = Bench(dram=12, ssd=200, folder=tmp_path)
+    for number in range(5):
+        bench.run([request(number)])
+        bench.write_all()
+    again = request(0)
+    again.sought = True  # as if its pages had been in DRAM when it was queued
+    assert bench.run([again]) == 1
+    assert bench.hits == {"ssd": 40}
+    bench.close()
+
+
 def test_closing_writes_what_is_still_in_dram(tmp_path: Path) -> None:
     bench = Bench(ssd=200, folder=tmp_path)
     bench.run([request(number) for number in range(4)])

@@ -52,8 +52,11 @@ class PageLoader:
                     self._seek(sequence)
 
     def is_coming(self, sequence: Sequence) -> bool:
-        """Whether pages that the sequence could use are on their way up."""
-        if not sequence.sought:
+        """Whether pages that the sequence, next to be admitted, could use are on their way up.
+
+        Asks again for what was there when the sequence was queued and has gone down since.
+        """
+        if self.lower.ssd is not None or not sequence.sought:
             self._seek(sequence)
         if not self.lower.brings_pages:
             return False
