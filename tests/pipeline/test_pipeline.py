@@ -228,3 +228,16 @@ def test_save_and_load(tmp_path: Path) -> None:
     pipeline = replace(nano_batches(DENSE, 100, [30]), name="größer", meta={"made by": "a test"})
     pipeline.save(tmp_path / "p.json")
     assert Pipeline.load(tmp_path / "p.json") == pipeline
+
+
+def test_copies_of_kv_pages_only_name_a_lane() -> None:
+    plain = sequential(DENSE, 64)
+    lanes = (*plain.lanes, LaneSpec("copies"), LaneSpec("more"))
+    offload, reload = (NanoOp(op, 0, 64, "copies") for op in (Op.KV_OFFLOAD, Op.KV_RELOAD))
+    named = Pipeline("p", 64, lanes, (*plain.nano_ops, offload, reload))
+    named.validate(DENSE)
+    assert (plain.copy_lane, named.copy_lane) == (0, 1)
+    assert named.slices == plain.slices
+    two = Pipeline("p", 64, lanes, (*plain.nano_ops, offload, NanoOp(Op.KV_RELOAD, 0, 64, "more")))
+    with pytest.raises(PipelineError, match="must share a lane"):
+        two.validate(DENSE)
