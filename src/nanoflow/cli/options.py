@@ -43,6 +43,7 @@ SAMPLING_HELP = {
     "prompt_logprobs": "also score the prompt, with k alternatives a token",
     "skip_special_tokens": "leave special tokens out of the text",
 }
+_SHORT = {"tensor_parallel_size": "--tp"}
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -119,7 +120,8 @@ def _add(
         group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
     metavar = None if choices else _METAVARS[plain]
-    group.add_argument(flag(name), type=plain, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=text)
+    flags = [flag(name), *([_SHORT[name]] if name in _SHORT else [])]
+    group.add_argument(*flags, type=plain, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
 
 def _help(text: str, default: Any) -> str:

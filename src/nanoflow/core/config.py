@@ -109,11 +109,13 @@ class DeviceConfig:
     device: str = _doc("device to run on", default="auto")
     threads: int | None = _doc("CPU threads for computing", default=None)
     kernels: str = _doc("kernel backend; `auto` takes the fastest one that works here", default="auto")
+    tensor_parallel_size: int = _doc("devices (on a CPU: processes) that share the model; also `--tp`", default=1)
 
     def __post_init__(self) -> None:
         _choice("device", self.device, DEVICES)
         _choice("kernels", self.kernels, KERNELS)
         _at_least("threads", self.threads, 1)
+        _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
 
 
 @dataclass(frozen=True)

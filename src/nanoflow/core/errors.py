@@ -45,3 +45,7 @@ class EngineDeadError(NanoflowError, RuntimeError):
 
 class DeviceMemoryError(NanoflowError, RuntimeError):
     """The device has too little memory for the model, or for one request of the longest allowed context."""
+
+
+class RankFailedError(NanoflowError, RuntimeError):
+    """A process that holds a part of the model has ended or failed, so that the whole group had to stop."""

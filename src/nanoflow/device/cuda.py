@@ -8,6 +8,7 @@ whose shares sum up to at most 1 get partitions of the multiprocessors (green co
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from nanoflow.device.power import PowerMeter
 
 SHARE_STEPS = 6
 _SHARE_SLACK = 1e-6
+_LOOK_AGAIN_S = 20e-6
 _lane_sms = threading.local()
 
 
@@ -78,6 +80,15 @@ class CudaRun:
 
     def __init__(self, done: torch.cuda.Event) -> None:
         self._done = done
+
+    def wait(self, timeout_s: float) -> bool:
+        """Asks again and again, since CUDA waits without a limit or not at all."""
+        deadline = time.monotonic() + timeout_s
+        while not self._done.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_AGAIN_S)
+        return True
 
     def synchronize(self) -> None:
         self._done.synchronize()

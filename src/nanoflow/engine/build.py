@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-
-import torch
+from typing import cast
 
 from nanoflow.analysis.report import RunReport
 from nanoflow.analysis.work import WorkCounter, iteration_work
 from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.stats import WorkDone
 from nanoflow.device.base import Device
+from nanoflow.distributed.sharding import shard_of
 from nanoflow.engine.caching import cache_root, make_mover, store_layout, tiers_below, wants_tiers
-from nanoflow.engine.core import EngineCore, Launcher
-from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, find_tuned, open_device, resolve_dtype, resolve_sizes
-from nanoflow.engine.sampler import LogitsSampler
-from nanoflow.engine.scheduler import Scheduler, SchedulerLimits, slots_for
+from nanoflow.engine.core import EngineCore
+from nanoflow.engine.placing import Rank, join, load_and_place
+from nanoflow.engine.ranks import GroupLauncher, GroupMover, RankGroup
+from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, find_tuned, open_device, resolve_dtype
+from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
 from nanoflow.engine.submission import Submission
-from nanoflow.executor.executor import Executor
-from nanoflow.kernels.base import Kernels
 from nanoflow.kernels.registry import create
-from nanoflow.models.decoder import Decoder, DecoderWeights
-from nanoflow.models.loading import load_weights
-from nanoflow.models.registry import load_tokenizer, resolve_model
+from nanoflow.kvcache.mover import PageMover
+from nanoflow.models.registry import ModelFiles, load_tokenizer, resolve_model
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.profiling.machine import measure_rates
@@ -48,18 +47,29 @@ class Engine:
     core: EngineCore
     submission: Submission
     kernels_name: str
+    ranks: RankGroup | None = None
+    rank: Rank | None = None
 
     @cached_property
     def rates(self) -> MachineRates:
         """How fast this machine is: from the user's cache, else measured now (a few seconds)."""
-        return measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
+        rates = measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
+        cards = self.config.device.tensor_parallel_size if self.device.kind == "cuda" else 1
+        if cards == 1:
+            return rates
+        return replace(rates, flops_per_s=cards * rates.flops_per_s, mem_bytes_per_s=cards * rates.mem_bytes_per_s)
 
     def close(self) -> None:
-        """Keep what the KV cache's lower tiers can keep, then stop the device's lanes. Idempotent."""
+        """Keep what the KV cache's lower tiers can keep, then stop ranks and the device's lanes. Idempotent."""
         try:
             self.core.scheduler.residency.close()
         finally:
-            self.device.close()
+            if self.ranks is not None:
+                self.ranks.close()
+            if self.ranks is None or self.ranks.failure is None or self.device.kind == "cpu":
+                self.device.close()  # a GPU whose kernels wait for a rank that is gone would be waited for in vain
+                if self.rank is not None:
+                    self.rank.close()
 
     def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
         """What a run did against the bound of this machine."""
@@ -79,18 +89,28 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     config = resolve_dtype(config, spec, device)
     dtype = TORCH_DTYPES[config.model.dtype]
     kernels = create(config.device.kernels, device.kind, dtype)
-    pipeline = choose_pipeline(
-        config, layer_graph(spec), find_tuned(config, spec, device, kernels.name), kind=device.kind
-    )
+    ranks = config.device.tensor_parallel_size
+    _check_ranks(config)
+    kept = find_tuned(config, spec, device, kernels.name) if ranks == 1 else None
+    pipeline = choose_pipeline(config, layer_graph(spec, ranks), kept, kind=device.kind)
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
-    weights = load_weights(spec, files.open_weights(), kernels, dtype, device.torch_device, show_progress=show_progress)
-    config, executor = _place(config, spec, weights, kernels, device, pipeline, dtype)
+    group, rank = (None, None) if ranks == 1 else _gather_ranks(config, files, device, pipeline)
+    try:
+        config, executor = load_and_place(config, files, kernels, device, pipeline, rank, show_progress=show_progress)
+    except BaseException as error:
+        if group is not None:
+            _disband(group, error)
+        raise
+    local = spec if rank is None else rank.shard.local
     page = config.cache.page_tokens
     assert config.cache.kv_memory_bytes and config.scheduler.max_running and config.model.max_model_len
-    n_pages = config.cache.kv_memory_bytes // (page * spec.kv_bytes_per_token(config.model.dtype))
+    n_pages = config.cache.kv_memory_bytes // (page * local.kv_bytes_per_token(config.model.dtype))
     eos_ids = tuple(dict.fromkeys([*spec.eos_ids, *tokenizer.eos_ids]))
     least_work = iteration_work(spec, config.model.dtype)
     mover, lower = make_mover(executor, device, pipeline), None
+    if group is not None:
+        executor = GroupLauncher(group, executor)
+        mover = None if mover is None else cast(PageMover, GroupMover(group, mover))
     if wants_tiers(config.cache):
         rates = measure_rates(device.kind, config.model.dtype, config.device.threads)
         lower = tiers_below(config, mover, least_work, rates, store_layout(config, files, kernels.name))
@@ -114,32 +134,33 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
         "ready in %.1f s: %s, %s kernels on %s", time.monotonic() - started, files.origin, kernels.name, device.name
     )
     submission = Submission(spec, tokenizer, config.model.max_model_len, eos_ids)
-    return Engine(config, spec, tokenizer, pipeline, device, core, submission, kernels.name)
+    return Engine(config, spec, tokenizer, pipeline, device, core, submission, kernels.name, group, rank)
 
 
-def _place(
-    config: EngineConfig,
-    spec: ModelSpec,
-    weights: DecoderWeights,
-    kernels: Kernels,
-    device: Device,
-    pipeline: Pipeline,
-    dtype: torch.dtype,
-) -> tuple[EngineConfig, Launcher]:
-    """KV pages and the executor: recorded where the device replays recordings and the kernels can be recorded."""
-    if device.captures and kernels.capturable:
-        from nanoflow.device.cuda import CudaDevice
-        from nanoflow.engine.gpu import place_on_gpu
+def _check_ranks(config: EngineConfig) -> None:
+    if config.device.tensor_parallel_size > 1 and wants_tiers(config.cache):
+        raise ConfigError("kv_dram_bytes and kv_ssd_path work on one rank; drop them, or drop tensor_parallel_size.")
 
-        assert isinstance(device, CudaDevice)
-        return place_on_gpu(config, spec, weights, kernels, device, pipeline, dtype, slots_for)
-    config = resolve_sizes(config, spec, device, pipeline)
-    page = config.cache.page_tokens
-    assert config.cache.kv_memory_bytes and config.scheduler.max_running and config.model.max_model_len
-    n_pages = config.cache.kv_memory_bytes // (page * spec.kv_bytes_per_token(config.model.dtype))
-    with device.torch_device:
-        kv_layers = kernels.allocate_kv(n_pages, page, spec.n_kv_heads, spec.head_dim, dtype, spec.n_layers)
-    decoder = Decoder(spec, weights, kernels, kv_layers, n_positions=config.model.max_model_len)
-    sampler = LogitsSampler(kernels, spec.vocab_size, device.torch_device)
-    n_slots = slots_for(config.scheduler.max_running)
-    return config, Executor(pipeline, decoder, device, sampler, n_slots, dtype)
+
+def _gather_ranks(
+    config: EngineConfig, files: ModelFiles, device: Device, pipeline: Pipeline
+) -> tuple[RankGroup, Rank]:
+    """Start the other ranks and meet them."""
+    shard_of(files.spec, 0, config.device.tensor_parallel_size)  # refuses too many ranks before any is started
+    group = RankGroup(config, pipeline)
+    try:
+        rank = group.while_it_lives(lambda: join(config, files, device, pipeline, group.meeting_place, 0))
+    except BaseException as error:
+        _disband(group, error)
+        raise
+    group.abort_collectives = rank.groups.abort
+    return group, rank
+
+
+def _disband(group: RankGroup, error: BaseException) -> None:
+    """End the other ranks; raise their failure if that is what `error` comes from."""
+    try:
+        if isinstance(error, RuntimeError):
+            group.explain(error)
+    finally:
+        group.close()

@@ -18,7 +18,7 @@ from nanoflow.engine.resolve import DEFAULTS, resolve_sizes
 from nanoflow.engine.sampler import LogitsSampler
 from nanoflow.executor.captured import CapturedExecutor
 from nanoflow.kernels.base import Kernels
-from nanoflow.models.decoder import Decoder, DecoderWeights
+from nanoflow.models.decoder import Decoder
 from nanoflow.pipeline.pipeline import Pipeline
 
 GRAPH_BYTES = 768 << 20
@@ -27,18 +27,20 @@ GRAPH_BYTES = 768 << 20
 
 def place_on_gpu(
     config: EngineConfig,
+    make_decoder: Callable[[list[torch.Tensor], int], Decoder],
     spec: ModelSpec,
-    weights: DecoderWeights,
     kernels: Kernels,
     device: CudaDevice,
     pipeline: Pipeline,
     dtype: torch.dtype,
     n_slots: Callable[[int], int],
+    agree: Callable[[int], int] = int,
 ) -> tuple[EngineConfig, CapturedExecutor]:
     """The settled config and the executor with its KV pages, recorded and ready.
 
-    `n_slots` gives the scheduler's slots for a number of running requests. Raises `DeviceMemoryError` with what to
-    lower if the model, its buffers or one request's keys and values do not fit.
+    `make_decoder` takes KV layers and the longest context; `spec` is one rank's. `n_slots` gives the scheduler's slots
+    for a number of running requests, `agree` the smallest number of pages of all ranks. Raises `DeviceMemoryError`
+    with what to lower if the model, its buffers or one request's keys and values do not fit.
     """
     page = config.cache.page_tokens
     max_running = min(config.scheduler.max_running or DEFAULTS[device.kind].max_running, pipeline.dense_batch)
@@ -49,7 +51,7 @@ def place_on_gpu(
             return kernels.allocate_kv(count, page, spec.n_kv_heads, spec.head_dim, dtype, spec.n_layers)
 
     try:
-        decoder = Decoder(spec, weights, kernels, pages(1), n_positions=longest)
+        decoder = make_decoder(pages(1), longest)
         executor = CapturedExecutor(
             pipeline,
             decoder,
@@ -65,7 +67,7 @@ def place_on_gpu(
         decoder.kv_layers.clear()
         torch.cuda.empty_cache()
         reserve = torch.empty(GRAPH_BYTES, dtype=torch.uint8, device=device.torch_device)
-        config = resolve_sizes(config, spec, device, pipeline)
+        config = resolve_sizes(config, spec, device, pipeline, agree)
         del reserve
         assert config.cache.kv_memory_bytes
         decoder.kv_layers.extend(

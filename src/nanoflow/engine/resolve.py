@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from nanoflow.core import env
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError, DeviceMemoryError
 from nanoflow.core.log import get_logger
@@ -38,12 +40,13 @@ DEFAULTS = {"cpu": DeviceDefaults(512, 256, 0.4), "cuda": DeviceDefaults(2048, 1
 """By device kind. The share is of the free memory on a CPU, and of the whole memory, weights included, on a GPU."""
 
 
-def open_device(config: EngineConfig) -> Device:
+def open_device(config: EngineConfig, rank: int = 0) -> Device:
     """The device that `config.device` asks for; `auto` takes a GPU where our kernels run on it.
 
-    Raises `ConfigError` if the one asked for cannot be used here.
+    Each tensor-parallel rank takes the GPU of its number, or its part of a CPU's threads. Raises `ConfigError` if the
+    one asked for cannot be used here.
     """
-    wanted = config.device.device
+    wanted, ranks = config.device.device, config.device.tensor_parallel_size
     if wanted == "auto":
         offer, refused = available("cuda", torch.bfloat16)[0] if torch.cuda.is_available() else ("", "no GPU")
         wanted = "cpu" if refused else "cuda"
@@ -52,8 +55,17 @@ def open_device(config: EngineConfig) -> Device:
     if wanted == "cuda":
         from nanoflow.device.cuda import CudaDevice
 
-        return CudaDevice()
-    return CpuDevice(config.device.threads)
+        _check_gpus(ranks)
+        return CudaDevice(rank)
+    if ranks == 1:
+        return CpuDevice(config.device.threads)
+    return CpuDevice(max(1, (config.device.threads or env.available_cores()) // ranks))
+
+
+def _check_gpus(ranks: int) -> None:
+    found = torch.cuda.device_count()
+    if 0 < found < ranks:
+        raise ConfigError(f"tensor_parallel_size is {ranks}, but there are {found} GPUs here; lower it.")
 
 
 def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: Device) -> EngineConfig:
@@ -67,9 +79,16 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: Device) -> Engi
     return config.with_options("model", dtype=dtype)
 
 
-def resolve_sizes(config: EngineConfig, spec: ModelSpec, device: Device, pipeline: Pipeline) -> EngineConfig:
+def resolve_sizes(
+    config: EngineConfig,
+    spec: ModelSpec,
+    device: Device,
+    pipeline: Pipeline,
+    agree: Callable[[int], int] = int,
+) -> EngineConfig:
     """Settle batch, context and KV memory, once the weights are in place.
 
+    With several ranks, `spec` and KV memory are one rank's, and `agree` gives the smallest number of pages of all.
     Raises `DeviceMemoryError` if the KV cache cannot hold one request of the longest context asked for.
     """
     dense_batch = pipeline.dense_batch
@@ -88,10 +107,12 @@ def resolve_sizes(config: EngineConfig, spec: ModelSpec, device: Device, pipelin
     free = device.free_memory_bytes()
     if budget is None:
         budget = kv_budget(device, config.cache.kv_memory_fraction or defaults.kv_fraction)
+        if device.memory_bytes is None:
+            budget //= config.device.tensor_parallel_size  # ranks share the host's memory
     elif budget > free:
         raise DeviceMemoryError(f"kv_memory_bytes is {budget}, but only {free} bytes are free; lower it.")
     useful_pages = max_running * -(-wanted_len // page)
-    n_pages = min(budget // page_bytes, useful_pages)
+    n_pages = agree(min(budget // page_bytes, useful_pages))
     max_model_len = min(wanted_len, n_pages * page)
     if max_model_len < (config.model.max_model_len or min(wanted_len, 2 * page)):
         raise DeviceMemoryError(

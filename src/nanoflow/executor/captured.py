@@ -23,12 +23,12 @@ from nanoflow.core.ops import Op
 from nanoflow.device.base import Launch, Program
 from nanoflow.device.cuda import CudaDevice, CudaRun
 from nanoflow.executor.bucket import Bucket, BucketLayout, SliceWork, WholeBatch, bucket_sizes, slice_rows
-from nanoflow.executor.head import BlockHead, Sampler
+from nanoflow.executor.head import BlockHead, Sampler, is_plain, keeps_every_token
 from nanoflow.executor.pinned import Layout, PinnedStage, ResultRing
 from nanoflow.executor.program import build_program, issue
 from nanoflow.executor.timeline import Tracer
 from nanoflow.models.decoder import Decoder
-from nanoflow.models.state import Activations
+from nanoflow.models.sharded import ShardedDecoder
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
 
@@ -61,6 +61,10 @@ class CapturedInFlight:
     _logprobs: LogprobArrays | None = None
     _prompt: LogprobArrays | None = None
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` seconds; whether the iteration has ended."""
+        return self._run.wait(timeout_s)
+
     def result(self) -> BatchResult:
         """Wait for the iteration and return its tokens."""
         self._run.synchronize()
@@ -88,18 +92,19 @@ class CapturedExecutor:
         page_tokens: int,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        graph = layer_graph(decoder.spec)
+        graph = layer_graph(decoder.spec, decoder.ranks)
         pipeline.validate(graph)
         self.pipeline = pipeline
         self.decoder = decoder
         self.device = device
+        self._sharded = decoder if isinstance(decoder, ShardedDecoder) else None
         self._n_slots = n_slots
         self._page_tokens = page_tokens
         self._max_requests = max_requests
         where = device.torch_device
         device.open_lanes([(lane.name, lane.share) for lane in pipeline.lanes])
-        self._activations = Activations.allocate(decoder.spec, pipeline.dense_batch, dtype, where)
-        for buffer in vars(self._activations).values():
+        self._activations = decoder.activations(pipeline.dense_batch, dtype, where, dtype)
+        for buffer in self._activations.buffers():
             buffer.zero_()
         self._last_tokens = torch.zeros(n_slots + 1, dtype=torch.int32, device=where)
         self.head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
@@ -146,7 +151,8 @@ class CapturedExecutor:
         """The states of the head's program, by rising number of rows; all share one buffer of logits."""
         where, n_rows = self.device.torch_device, self._head_rows
         sizes = [*(n for n in (1, 8, 32) if n < n_rows), *range(HEAD_STEP, n_rows, HEAD_STEP), n_rows]
-        logits = torch.zeros(n_rows, self.decoder.spec.vocab_size, dtype=dtype, device=where)
+        vocab = self.decoder.spec.vocab_size if self._sharded is None else len(self._sharded.shard.vocab)
+        logits = torch.zeros(n_rows, vocab, dtype=dtype, device=where)
         tokens = torch.zeros(n_rows, dtype=torch.int32, device=where)
         pieces = [self._head_stage.ints[piece] for piece in _head_layout(n_rows)]
         keys, (token_rows, slots, top_k) = pieces[0].view(torch.int64), pieces[1:4]
@@ -185,7 +191,7 @@ class CapturedExecutor:
             )
         run = self._replay_layers(bisect_left(self._sizes, plan.n_tokens), plan, tracer)
         sampling = plan.sampling
-        if plan.prompt_logprobs is not None or not _is_plain(sampling):
+        if plan.prompt_logprobs is not None or not self._is_recorded(sampling):
             return self._finish_in_blocks(plan)
         n_rows = len(sampling.token_rows)
         if not n_rows:
@@ -193,6 +199,10 @@ class CapturedExecutor:
         number = bisect_left(self._head_sizes, n_rows)
         self._replay_head(number, sampling, tracer)
         return self._returning(plan, self._heads[number][0].tokens_s[:n_rows])
+
+    def _is_recorded(self, plan: SamplingPlan) -> bool:
+        """Whether the head's recording can choose these tokens; ranks record the rows that keep every token."""
+        return is_plain(plan) if self._sharded is None else keeps_every_token(plan)
 
     def launch_layers(self, plan: BatchPlan) -> CudaRun:
         """Start the embedding and the layers of an iteration alone, to time them."""
@@ -243,25 +253,26 @@ class CapturedExecutor:
         self.decoder.embed(whole.nano)
 
     def _sample(self, head: HeadState) -> None:
-        self.decoder.lm_head(self._activations.x_td, head.token_rows_s, head.logits_sv)
-        self.decoder.kernels.sample(
-            head.logits_sv,
-            head.temperature_s,
-            head.top_k_s,
-            head.top_p_s,
-            head.min_p_s,
-            head.keys_s,
-            head.tokens_s,
-        )
+        x_td = self._activations.x_td
+        if self._sharded is not None:
+            self._sharded.lm_head_part(x_td, head.token_rows_s, head.logits_sv)
+            self._sharded.choose(head.logits_sv, head.temperature_s, head.keys_s, head.tokens_s)
+        else:
+            self.decoder.lm_head(x_td, head.token_rows_s, head.logits_sv)
+            self.decoder.kernels.sample(
+                head.logits_sv,
+                head.temperature_s,
+                head.top_k_s,
+                head.top_p_s,
+                head.min_p_s,
+                head.keys_s,
+                head.tokens_s,
+            )
         self._last_tokens.index_copy_(0, head.slots_s.long(), head.tokens_s)
 
 
 def _nothing(_: Any) -> None:
     """The epilogue is a recording of its own, since its size is another."""
-
-
-def _is_plain(plan: SamplingPlan) -> bool:
-    return plan.penalties is None and not plan.any_logprobs and not len(plan.bias_rows)
 
 
 def _head_layout(n: int) -> list[slice]:

@@ -18,7 +18,7 @@ from nanoflow.executor.program import build_program, issue
 from nanoflow.executor.staging import Stager, scaled_slice
 from nanoflow.executor.timeline import Tracer
 from nanoflow.models.decoder import Decoder
-from nanoflow.models.state import Activations, NanoBatch
+from nanoflow.models.state import NanoBatch
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
 
@@ -40,6 +40,10 @@ class InFlight:
     _run: Run
     _whole: _WholeBatch = field(repr=False)
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` seconds; whether the iteration has ended."""
+        return self._run.wait(timeout_s)
+
     def result(self) -> BatchResult:
         """Wait for the iteration and return its tokens. Re-raises an error of any launch."""
         self._run.synchronize()
@@ -53,15 +57,15 @@ class Executor:
     def __init__(
         self, pipeline: Pipeline, decoder: Decoder, device: Device, sampler: Sampler, n_slots: int, dtype: torch.dtype
     ) -> None:
-        graph = layer_graph(decoder.spec)
+        graph = layer_graph(decoder.spec, decoder.ranks)
         pipeline.validate(graph)
         self.pipeline = pipeline
         self.decoder = decoder
         self.device = device
         where = device.torch_device
         self._slices = pipeline.slices
-        self._activations = Activations.allocate(
-            decoder.spec, pipeline.dense_batch, dtype, where, torch.float32 if device.wide_residual else dtype
+        self._activations = decoder.activations(
+            pipeline.dense_batch, dtype, where, torch.float32 if device.wide_residual else dtype
         )
         self._stager = Stager(self._activations, where)
         self._last_tokens = torch.zeros(n_slots, dtype=torch.int32, device=where)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanoflow.core.batch import LogprobArrays, PromptLogprobPlan, SamplingPlan
 from nanoflow.models.decoder import Decoder
+from nanoflow.models.sharded import ShardedDecoder
 
 LOGIT_ROWS = 128
 """Rows of logits made at a time: enough for an efficient product, few enough to stay in a CPU's cache."""
@@ -43,6 +44,7 @@ class BlockHead:
         self.sampler = sampler
         self._x_td = x_td
         self._last_tokens = last_tokens
+        self._sharded = decoder if isinstance(decoder, ShardedDecoder) else None
         self._logits = torch.empty(LOGIT_ROWS, decoder.spec.vocab_size, dtype=torch.float32, device=x_td.device)
 
     def sample(self, plan: SamplingPlan) -> tuple[Tensor, LogprobArrays | None]:
@@ -54,11 +56,21 @@ class BlockHead:
         for start in range(0, n_rows, LOGIT_ROWS):
             stop = min(start + LOGIT_ROWS, n_rows)
             part = plan if stop - start == n_rows else plan.rows(start, stop)
+            if self._sharded is not None and keeps_every_token(part):
+                self._choose(self._sharded, part, tokens[start:stop])
+                parts.append(None)
+                continue
             logits = self._logits_of(part.token_rows)
             parts.append(self.sampler.sample(logits, part, tokens[start:stop]))
         if n_rows:
             self._last_tokens.index_copy_(0, self._tensor(plan.slots).long(), tokens)
         return tokens, _joined(parts)
+
+    def _choose(self, decoder: ShardedDecoder, plan: SamplingPlan, tokens_s: Tensor) -> None:
+        """Let the ranks compare their best tokens instead of gathering logits."""
+        logits = self._logits.view(-1)[: len(tokens_s) * len(decoder.shard.vocab)].view(len(tokens_s), -1)
+        decoder.lm_head_part(self._x_td, self._tensor(plan.token_rows), logits)
+        decoder.choose(logits, self._tensor(plan.temperature), self._tensor(plan.keys), tokens_s)
 
     def score(self, plan: PromptLogprobPlan) -> LogprobArrays | None:
         """Log-probabilities of the plan's prompt tokens."""
@@ -79,6 +91,17 @@ class BlockHead:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._x_td.device)
+
+
+def is_plain(plan: SamplingPlan) -> bool:
+    """Whether tokens depend on the logits alone: no penalties, no biases, and no log-probabilities asked for."""
+    return plan.penalties is None and not plan.any_logprobs and not len(plan.bias_rows)
+
+
+def keeps_every_token(plan: SamplingPlan) -> bool:
+    """Whether `plan` is plain and no row that draws is limited by top-k, top-p or min-p."""
+    limited = (plan.top_k > 0) | (plan.top_p < 1.0) | (plan.min_p > 0.0)
+    return is_plain(plan) and not bool((limited & (plan.temperature > 0.0)).any())
 
 
 def _joined(parts: Sequence[LogprobArrays | None]) -> LogprobArrays | None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanoflow.core.errors import PipelineError
 from nanoflow.device.base import Event, Lane, Launch, Program
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.state import NanoBatch
@@ -51,15 +50,13 @@ def build_program(
 
     States: one per `pipeline.slices` entry, in that order, then one for prologue and epilogue (the whole batch), both
     of which run on the first lane. Copies of KV pages are no part of it: their nano-operations only name a lane.
-    Raises `PipelineError` if a nano-operation asks for another kernel backend.
+    Raises `PipelineError` if a nano-operation asks for an implementation that is not to be had.
     """
-    for nano in pipeline.nano_ops:
-        if nano.variant not in ("", decoder.kernels.name):
-            raise PipelineError(
-                f"the pipeline asks for the {nano.variant} form of {nano.op}, but this engine's kernels are "
-                f"{decoder.kernels.name}; choose kernels={nano.variant}, or search again with these."
-            )
     lane_of = {lane.name: index for index, lane in enumerate(pipeline.lanes)}
+    operations = [
+        None if nano.op in COPY_OPS else decoder.operation(nano.op, lane_of[nano.lane], nano.variant)
+        for nano in pipeline.nano_ops
+    ]
     state_of = {rows: index for index, rows in enumerate(pipeline.slices)}
     whole = len(state_of)
     dependencies = pipeline.dependencies(graph)
@@ -70,14 +67,15 @@ def build_program(
     for turn in range(n_layers + pipeline.rounds_behind):
         for index, (nano, needed) in enumerate(zip(pipeline.nano_ops, dependencies, strict=True)):
             layer = turn - nano.behind
-            if not 0 <= layer < n_layers or nano.op in COPY_OPS:
+            operation = operations[index]
+            if not 0 <= layer < n_layers or operation is None:
                 continue
             places = [(turn - dep.layer_back, dep.producer) for dep in needed]
             needs = [at[place] for place in places if place in at] or [0]
             at[turn, index] = len(rows)
             if layer == n_layers - 1:
                 last_layer.append(len(rows))
-            run = _bind(decoder.layer_ops[nano.op], layer)
+            run = _bind(operation, layer)
             label = f"{nano.op}[{nano.start}:{nano.stop}]@{layer}"
             rows.append(_Row(label, lane_of[nano.lane], run, state_of[(nano.start, nano.stop)], needs))
     rows.append(_Row("head", 0, epilogue, whole, last_layer))

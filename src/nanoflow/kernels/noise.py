@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN_64 = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN_32 = 0x9E3779B1
 _MASK_32 = 0xFFFFFFFF
 
 
@@ -47,16 +48,32 @@ def _fmix32(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def uniform(keys_s: Tensor, n_vocab: int) -> Tensor:
-    """Uniform float32 (S, V) in the open interval (0, 1) for int64 keys (S), on the keys' device."""
-    keys = keys_s.to(torch.int64)[:, None]
-    low, high = keys & _MASK_32, (keys >> 32) & _MASK_32
-    index = torch.arange(n_vocab, dtype=torch.int64, device=keys.device)[None, :]
-    h = _fmix32((index * 0x9E3779B1 + low) & _MASK_32)
+def _uniform(keys_s1: Tensor, index_sv: Tensor) -> Tensor:
+    """The uniform variable of each key and vocabulary index; both int64, shapes broadcast."""
+    low, high = keys_s1 & _MASK_32, (keys_s1 >> 32) & _MASK_32
+    h = _fmix32((index_sv * _GOLDEN_32 + low) & _MASK_32)
     h = _fmix32(h ^ high)
     return ((h >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def uniform(keys_s: Tensor, n_vocab: int) -> Tensor:
+    """Uniform float32 (S, V) in the open interval (0, 1) for int64 keys (S), on the keys' device."""
+    index = torch.arange(n_vocab, dtype=torch.int64, device=keys_s.device)
+    return _uniform(keys_s.to(torch.int64)[:, None], index[None, :])
 
 
 def gumbel(keys_s: Tensor, n_vocab: int) -> Tensor:
     """Standard Gumbel noise, float32 (S, V), for int64 keys (S)."""
     return -torch.log(-torch.log(uniform(keys_s, n_vocab)))
+
+
+def gumbel_of(keys_s: Tensor, tokens_s: Tensor) -> Tensor:
+    """The noise of one token a row, float32 (S)."""
+    return -torch.log(-torch.log(_uniform(keys_s.to(torch.int64), tokens_s.to(torch.int64))))
+
+
+def shifted(keys_s: Tensor, start: int) -> Tensor:
+    """Keys whose noise for index i is that of `keys_s` for index `start` + i."""
+    keys = keys_s.to(torch.int64)
+    low = ((keys & _MASK_32) + start * _GOLDEN_32) & _MASK_32
+    return (keys & ~_MASK_32) | low

@@ -12,20 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanoflow.core.errors import PipelineError
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import Op
 from nanoflow.kernels.base import AttentionPlan, ExpertWeights, Kernels, LinearWeight
 from nanoflow.models.rope import cos_sin_table
-from nanoflow.models.state import NanoBatch
+from nanoflow.models.state import Activations, NanoBatch
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Projections that read the same input are fused: QKV, gate with up. Experts replace the plain ones."""
+    """One layer. Projections that read the same input are fused: QKV, gate with up. Experts replace the plain ones.
+
+    `o_column` is the O projection's other form on a tensor-parallel rank; it has those that its pipeline uses.
+    """
 
     attn_norm_d: Tensor
     qkv: LinearWeight
-    o: LinearWeight
+    o: LinearWeight | None
     ffn_norm_d: Tensor
     gate_up: LinearWeight | None = None
     down: LinearWeight | None = None
@@ -36,6 +40,8 @@ class LayerWeights:
     down_bias_d: Tensor | None = None
     q_norm_e: Tensor | None = None
     k_norm_e: Tensor | None = None
+    o_column: LinearWeight | None = None
+    o_column_bias_n: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class DecoderWeights:
 
 class Decoder:
     """Operations of a decoder-only transformer over paged KV memory (`kv_layers`: one opaque tensor a layer)."""
+
+    ranks = 1
+    """Tensor-parallel ranks that share the model; `spec` is then as narrow as one rank's part of it."""
 
     def __init__(
         self, spec: ModelSpec, weights: DecoderWeights, kernels: Kernels, kv_layers: list[Tensor], n_positions: int
@@ -70,6 +79,24 @@ class Decoder:
             Op.DOWN: self.down,
             Op.EXPERTS: self.experts,
         }
+
+    def operation(self, op: Op, lane: int, variant: str) -> Callable[[int, NanoBatch], None]:
+        """What runs `op` of a layer on lane number `lane`; `variant` is the implementation that the pipeline names.
+
+        Raises `PipelineError` for one that is not to be had.
+        """
+        if variant not in ("", self.kernels.name):
+            raise PipelineError(
+                f"the pipeline asks for the {variant} form of {op}, but this engine's kernels are "
+                f"{self.kernels.name}; choose kernels={variant}, or search again with these."
+            )
+        return self.layer_ops[op]
+
+    def activations(
+        self, n_tokens: int, dtype: torch.dtype, device: torch.device, residual_dtype: torch.dtype
+    ) -> Activations:
+        """Buffers for dense batches of `n_tokens`."""
+        return Activations.allocate(self.spec, n_tokens, dtype, device, residual_dtype)
 
     def embed(self, nano: NanoBatch) -> None:
         """Token ids → residual stream."""
@@ -121,6 +148,7 @@ class Decoder:
     def o(self, layer: int, nano: NanoBatch) -> None:
         """Output projection, added to the residual stream."""
         w = self.weights.layers[layer]
+        assert w.o is not None
         self.kernels.linear(nano.acts.attn_tq, w.o, nano.acts.x_td, bias_n=w.o_bias_d, accumulate=True)
 
     def gate_up(self, layer: int, nano: NanoBatch) -> None:
@@ -160,7 +188,7 @@ def weight_bytes(weights: DecoderWeights) -> int:
     if weights.lm_head is not weights.embedding:
         total += weights.lm_head.n_bytes
     for layer in weights.layers:
-        parts = [layer.qkv, layer.o, layer.gate_up, layer.down]
+        parts = [layer.qkv, layer.o, layer.o_column, layer.gate_up, layer.down]
         if layer.experts is not None:
             parts += [layer.experts.router, *layer.experts.gate_up, *layer.experts.down]
         total += sum(part.n_bytes for part in parts if part is not None)

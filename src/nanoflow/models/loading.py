@@ -1,7 +1,8 @@
 """Weights from a `WeightSource` into a decoder, one matrix at a time.
 
 Projections are read part by part into their fused form, handed to the kernels (which may repack them) and dropped, so
-the peak is the model plus one matrix. Layers come in order, with a progress bar.
+the peak is the model plus one matrix. Layers come in order, with a progress bar. A tensor-parallel rank reads the rows
+and columns that its shard holds, and nothing else.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ from tqdm import tqdm
 
 from nanoflow.core.errors import ModelLoadError
 from nanoflow.core.model_spec import ModelSpec
+from nanoflow.core.ops import Op
+from nanoflow.distributed.sharding import Shard, Span, shard_of
 from nanoflow.kernels.base import ExpertWeights, Kernels, LinearWeight
 from nanoflow.models.decoder import DecoderWeights, LayerWeights
 from nanoflow.models.weights.base import WeightSource
@@ -28,20 +33,28 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    shard: Shard | None = None,
+    ops: Collection[Op] = (Op.O,),
     show_progress: bool = True,
 ) -> DecoderWeights:
-    """Read every weight of `spec` in `dtype` onto `device`. Raises `ModelLoadError` naming a missing or odd one."""
+    """Read the weights of `spec` in `dtype` onto `device`: all, or those of one rank's `shard`.
+
+    `ops` are the pipeline's: they tell in which forms a rank needs its part of the O projection. Raises
+    `ModelLoadError` naming a missing or odd weight.
+    """
+    shard = shard or shard_of(spec, 0, 1)
     reader = _Reader(source, kernels, dtype, device)
-    embedding = reader.linear([("model.embed_tokens.weight", spec.vocab_size)], spec.d_model)
+    table = (spec.vocab_size, spec.d_model)
+    embedding = reader.linear([_Part("model.embed_tokens.weight", table, rows=shard.vocab)])
     numbers = tqdm(
         range(spec.n_layers), desc=f"loading {spec.name}", unit="layer", disable=not show_progress, leave=False
     )
     layers = []
     for number in numbers:
-        layers.append(_load_layer(spec, reader, number))
+        layers.append(_load_layer(shard, reader, number, ops))
         _return_freed_memory()
     tied = spec.tie_embeddings
-    lm_head = embedding if tied else reader.linear([("lm_head.weight", spec.vocab_size)], spec.d_model)
+    lm_head = embedding if tied else reader.linear([_Part("lm_head.weight", table, rows=shard.vocab)])
     return DecoderWeights(embedding, tuple(layers), reader.vector("model.norm.weight", spec.d_model), lm_head)
 
 
@@ -56,6 +69,24 @@ def _return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows and columns (None: all) of a named tensor whose whole has `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Span | None = None
+    cols: Span | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.shape[0] if self.rows is None else len(self.rows)
+
+    @property
+    def width(self) -> int:
+        return self.shape[1] if self.cols is None else len(self.cols)
+
+
 class _Reader:
     """Reads named tensors, checks their shapes, and fuses them."""
 
@@ -65,75 +96,86 @@ class _Reader:
         self.dtype = dtype
         self.device = device
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        found = tuple(self.source.shape(name))
-        if found != shape:
-            raise ModelLoadError(f"weight {name!r} has shape {found}, but the model's config asks for {shape}.")
-        return self.source.read(name)
+    def _read(self, part: _Part) -> Tensor:
+        found = tuple(self.source.shape(part.name))
+        if found != part.shape:
+            raise ModelLoadError(
+                f"weight {part.name!r} has shape {found}, but the model's config asks for {part.shape}."
+            )
+        rows = None if part.rows is None else part.rows.slice
+        cols = None if part.cols is None or len(part.cols) == part.shape[1] else part.cols.slice
+        return self.source.read(part.name, rows, cols)
 
-    def vector(self, name: str, size: int) -> Tensor:
-        return self._read(name, (size,)).to(self.device, self.dtype).contiguous()
+    def vector(self, name: str, size: int, rows: Span | None = None) -> Tensor:
+        return self._read(_Part(name, (size,), rows)).to(self.device, self.dtype).contiguous()
 
-    def linear(self, parts: list[tuple[str, int]], width: int) -> LinearWeight:
-        """Parts (name, rows) stacked by rows, each (rows, width)."""
-        return self.kernels.linear_weight(self.fused(parts, width))
+    def linear(self, parts: list[_Part]) -> LinearWeight:
+        """Parts of one width stacked by rows."""
+        return self.kernels.linear_weight(self.fused(parts))
 
-    def fused(self, parts: list[tuple[str, int]], width: int) -> Tensor:
+    def fused(self, parts: list[_Part]) -> Tensor:
         """The same as a plain tensor."""
         if len(parts) == 1:
-            name, rows = parts[0]
-            return self._read(name, (rows, width)).to(self.device, self.dtype)
-        fused = torch.empty(sum(rows for _, rows in parts), width, dtype=self.dtype, device=self.device)
+            return self._read(parts[0]).to(self.device, self.dtype)
+        n_rows = sum(part.n_rows for part in parts)
+        fused = torch.empty(n_rows, parts[0].width, dtype=self.dtype, device=self.device)
         start = 0
-        for name, rows in parts:
-            fused[start : start + rows].copy_(self._read(name, (rows, width)))
-            start += rows
+        for part in parts:
+            fused[start : start + part.n_rows].copy_(self._read(part))
+            start += part.n_rows
         return fused
 
-    def bias(self, parts: list[tuple[str, int]]) -> Tensor:
-        return torch.cat([self.vector(name, rows) for name, rows in parts])
+    def bias(self, parts: list[_Part]) -> Tensor:
+        """The biases of stacked projections, given by the parts of their weights."""
+        return torch.cat(
+            [self.vector(part.name.removesuffix("weight") + "bias", part.shape[0], part.rows) for part in parts]
+        )
 
 
-def _load_layer(spec: ModelSpec, reader: _Reader, number: int) -> LayerWeights:
-    base = f"model.layers.{number}"
-    attn = f"{base}.self_attn"
-    qkv = [(f"{attn}.q_proj", spec.d_q), (f"{attn}.k_proj", spec.d_kv), (f"{attn}.v_proj", spec.d_kv)]
-    gate_up = [(f"{base}.mlp.gate_proj", spec.d_ff), (f"{base}.mlp.up_proj", spec.d_ff)]
-    moe = spec.is_moe_layer(number)
+def _load_layer(shard: Shard, reader: _Reader, number: int, ops: Collection[Op]) -> LayerWeights:
+    spec, base = shard.whole, f"model.layers.{number}"
+    attn, d = f"{base}.self_attn", spec.d_model
+    heads, kv_heads = shard.heads.times(spec.head_dim), shard.kv_heads.times(spec.head_dim)
+    qkv = [
+        _Part(f"{attn}.q_proj.weight", (spec.d_q, d), rows=heads),
+        _Part(f"{attn}.k_proj.weight", (spec.d_kv, d), rows=kv_heads),
+        _Part(f"{attn}.v_proj.weight", (spec.d_kv, d), rows=kv_heads),
+    ]
+    gate_up = [_Part(f"{base}.mlp.{name}_proj.weight", (spec.d_ff, d), rows=shard.ff) for name in ("gate", "up")]
+    o_name, o_shape = f"{attn}.o_proj.weight", (d, spec.d_q)
+    moe, once = spec.is_moe_layer(number), shard.holds_residual
+    by_columns = Op.O_COLUMN in ops
     return LayerWeights(
-        attn_norm_d=reader.vector(f"{base}.input_layernorm.weight", spec.d_model),
-        qkv=reader.linear([(f"{name}.weight", rows) for name, rows in qkv], spec.d_model),
-        qkv_bias_n=reader.bias([(f"{name}.bias", rows) for name, rows in qkv]) if spec.qkv_bias else None,
+        attn_norm_d=reader.vector(f"{base}.input_layernorm.weight", d),
+        qkv=reader.linear(qkv),
+        qkv_bias_n=reader.bias(qkv) if spec.qkv_bias else None,
         q_norm_e=reader.vector(f"{attn}.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
         k_norm_e=reader.vector(f"{attn}.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
-        o=reader.linear([(f"{attn}.o_proj.weight", spec.d_model)], spec.d_q),
-        o_bias_d=reader.vector(f"{attn}.o_proj.bias", spec.d_model) if spec.o_bias else None,
-        ffn_norm_d=reader.vector(f"{base}.post_attention_layernorm.weight", spec.d_model),
-        gate_up=None
-        if moe
-        else reader.kernels.gate_up_weight(
-            reader.fused([(f"{name}.weight", rows) for name, rows in gate_up], spec.d_model)
-        ),
-        gate_up_bias_n=reader.bias([(f"{name}.bias", rows) for name, rows in gate_up])
-        if spec.mlp_bias and not moe
-        else None,
-        down=None if moe else reader.linear([(f"{base}.mlp.down_proj.weight", spec.d_model)], spec.d_ff),
-        down_bias_d=reader.vector(f"{base}.mlp.down_proj.bias", spec.d_model) if spec.mlp_bias and not moe else None,
-        experts=_load_experts(spec, reader, f"{base}.mlp") if moe else None,
+        o=reader.linear([_Part(o_name, o_shape, cols=heads)]) if Op.O in ops else None,
+        o_bias_d=reader.vector(f"{attn}.o_proj.bias", d) if spec.o_bias and once else None,
+        o_column=reader.linear([_Part(o_name, o_shape, rows=shard.columns)]) if by_columns else None,
+        o_column_bias_n=reader.vector(f"{attn}.o_proj.bias", d, shard.columns) if spec.o_bias and by_columns else None,
+        ffn_norm_d=reader.vector(f"{base}.post_attention_layernorm.weight", d),
+        gate_up=None if moe else reader.kernels.gate_up_weight(reader.fused(gate_up)),
+        gate_up_bias_n=reader.bias(gate_up) if spec.mlp_bias and not moe else None,
+        down=None if moe else reader.linear([_Part(f"{base}.mlp.down_proj.weight", (d, spec.d_ff), cols=shard.ff)]),
+        down_bias_d=reader.vector(f"{base}.mlp.down_proj.bias", d) if spec.mlp_bias and not moe and once else None,
+        experts=_load_experts(shard, reader, f"{base}.mlp") if moe else None,
     )
 
 
-def _load_experts(spec: ModelSpec, reader: _Reader, base: str) -> ExpertWeights:
-    assert spec.experts is not None
-    width, n_experts = spec.experts.d_ff, spec.experts.n_experts
+def _load_experts(shard: Shard, reader: _Reader, base: str) -> ExpertWeights:
+    spec, own = shard.whole, shard.expert_ff
+    assert spec.experts is not None and own is not None
+    width, n_experts, d = spec.experts.d_ff, spec.experts.n_experts, spec.d_model
     names = [f"{base}.experts.{number}" for number in range(n_experts)]
     gate_up = (
-        reader.fused([(f"{name}.gate_proj.weight", width), (f"{name}.up_proj.weight", width)], spec.d_model)
+        reader.fused([_Part(f"{name}.{half}_proj.weight", (width, d), rows=own) for half in ("gate", "up")])
         for name in names
     )
-    down = (reader.fused([(f"{name}.down_proj.weight", spec.d_model)], width) for name in names)
+    down = (reader.fused([_Part(f"{name}.down_proj.weight", (d, width), cols=own)]) for name in names)
     return ExpertWeights(
-        router=reader.linear([(f"{base}.gate.weight", n_experts)], spec.d_model),
+        router=reader.linear([_Part(f"{base}.gate.weight", (n_experts, d))]),
         gate_up=reader.kernels.expert_weights(gate_up, n_experts, gate_up=True),
         down=reader.kernels.expert_weights(down, n_experts, gate_up=False),
         n_active=spec.experts.n_active,

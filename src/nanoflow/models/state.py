@@ -9,6 +9,7 @@ Legend: t tokens, d model width, q query width, f feed-forward width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ class Activations:
     attn_tq: Tensor
     gate_up_tn: Tensor
     act_tf: Tensor
+    attn_all_tq: Tensor | None = None  # the next three only where ranks gather around the O projection
+    column_tn: Tensor | None = None
+    gathered_t: Tensor | None = None
+
+    def buffers(self) -> list[Tensor]:
+        """All buffers there are."""
+        return [buffer for buffer in vars(self).values() if buffer is not None]
 
     @staticmethod
     def allocate(
@@ -56,14 +64,10 @@ class Activations:
 
     def rows(self, start: int, stop: int) -> Activations:
         """The same buffers, rows [start, stop) only (views)."""
-        return Activations(
-            self.x_td[start:stop],
-            self.h_td[start:stop],
-            self.qkv_tn[start:stop],
-            self.attn_tq[start:stop],
-            self.gate_up_tn[start:stop],
-            self.act_tf[start:stop],
-        )
+        cut: dict[str, Any] = {
+            name: None if buffer is None else buffer[start:stop] for name, buffer in vars(self).items()
+        }
+        return Activations(**cut)
 
 
 @dataclass(frozen=True)

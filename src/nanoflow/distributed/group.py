@@ -1,0 +1,141 @@
+"""Process groups as values: who takes part, and torch's handle to talk to them. Nothing here is global on a CPU.
+
+Each lane that issues collectives has a group of its own: a lane launches in the same order on every rank, several
+lanes together do not, and a group matches its members' calls by their order. On GPUs the groups hang below torch's
+default group, since symmetric memory finds them by name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as _c10d
+
+from nanoflow.core.errors import ConfigError
+
+c10d: Any = _c10d
+"""Much of it carries no annotations."""
+_FileStore: Any = dist.__dict__.get("FileStore")
+
+START_TIMEOUT = timedelta(minutes=30)
+"""Ranks read weights and compile kernels at different speeds; one that dies is noticed by other means."""
+
+LANE_TIMEOUT = timedelta(seconds=120)
+"""For a collective of an iteration: all ranks are at most one iteration apart."""
+
+WORKER_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+"""NVLink multicast stays off: it reaches into memory that the driver shares with other jobs of the host."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rank `rank` of `size` ranks; `handle` is torch's process group for tensors on `device`."""
+
+    name: str
+    rank: int
+    size: int
+    device: torch.device
+    handle: Any
+
+    def abort(self) -> None:
+        """Give up collectives that hang, because another rank has gone. The group is of no use afterwards."""
+        if self.device.type == "cuda":
+            c10d._abort_process_group(self.handle)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of one rank: `control` (always gloo, for decisions of the host) and one a lane."""
+
+    control: Group
+    lanes: dict[int, Group]
+
+    @property
+    def rank(self) -> int:
+        return self.control.rank
+
+    @property
+    def size(self) -> int:
+        return self.control.size
+
+    def smallest(self, value: int) -> int:
+        """The smallest `value` of all ranks; every rank must ask."""
+        tensor = torch.tensor([value], dtype=torch.int64)
+        options = c10d.AllreduceOptions()
+        options.reduceOp = c10d.ReduceOp.MIN
+        self.control.handle.allreduce([tensor], options).wait()
+        return int(tensor.item())
+
+    def abort(self) -> None:
+        """See `Group.abort`."""
+        for group in self.lanes.values():
+            group.abort()
+
+
+def open_groups(meeting_place: Path, rank: int, size: int, device: torch.device, lanes: Iterable[int]) -> Groups:
+    """Meet the other ranks through the file `meeting_place` and open a group for each of `lanes` (lane numbers).
+
+    Every rank must call it with the same lanes. Raises `ConfigError` where torch cannot do it, `RuntimeError` if
+    another rank does not come.
+    """
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise ConfigError("this torch was built without gloo; install another, or drop tensor_parallel_size.")
+    os.environ.update(WORKER_ENVIRONMENT)
+    cpu = torch.device("cpu")
+    store = _FileStore(str(meeting_place), size)
+    control = Group("control", rank, size, cpu, _gloo(c10d.PrefixStore("control", store), rank, size, START_TIMEOUT))
+    if device.type == "cpu":
+        opened = {
+            lane: Group(f"lane-{lane}", rank, size, cpu, _gloo(_prefixed(store, lane), rank, size, LANE_TIMEOUT))
+            for lane in lanes
+        }
+        return Groups(control, opened)
+    return Groups(control, _nccl(store, rank, size, device, lanes))
+
+
+def _prefixed(store: Any, lane: int) -> Any:
+    return c10d.PrefixStore(f"lane-{lane}", store)
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    options = c10d.ProcessGroupGloo._Options()
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    options._devices = [c10d.ProcessGroupGloo.create_device(interface=loopback)]
+    options._threads = 2
+    options._timeout = timeout
+    return c10d.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl(store: Any, rank: int, size: int, device: torch.device, lanes: Iterable[int]) -> dict[int, Group]:
+    if not dist.is_nccl_available():
+        raise ConfigError("this torch was built without NCCL; install a CUDA build, or drop tensor_parallel_size.")
+    if dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed is in use in this process already; start nanoflow in a process of its own."
+        )
+    dist.init_process_group(
+        "nccl",
+        store=c10d.PrefixStore("default", store),
+        rank=rank,
+        world_size=size,
+        timeout=START_TIMEOUT,
+        device_id=device,
+    )
+    return {
+        lane: Group(f"lane-{lane}", rank, size, device, dist.new_group(backend="nccl", timeout=LANE_TIMEOUT))
+        for lane in lanes
+    }
+
+
+def close_groups(groups: Groups) -> None:
+    """Leave torch's default group, where one was made. Idempotent."""
+    if dist.is_initialized() and any(group.device.type == "cuda" for group in groups.lanes.values()):
+        dist.destroy_process_group()

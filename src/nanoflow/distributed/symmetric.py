@@ -1,0 +1,188 @@
+"""Collectives on symmetric memory: buffers that every GPU of a group maps, so that kernels and copy engines reach them.
+
+All of them are recorded in graphs, since a call is kernels and copies on the current stream and nothing else:
+
+- `one_shot`: each GPU reads everything from all others and adds; least latency, most bytes; for small messages.
+- `two_shot`: each GPU adds its part of the rows and the others read it; in place in the residual stream.
+- `copy_engine`: an all-gather by copies between GPUs, which take no multiprocessors; its all-reduce is `two_shot`'s.
+
+Written against torch 2.11 (`torch.distributed._symmetric_memory`, `torch.ops.symm_mem`). Multicast variants are left
+out on purpose: NVLink multicast stays off.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoflow.core.errors import ConfigError
+from nanoflow.distributed.collectives import (
+    LIBRARY,
+    Allocate,
+    Collectives,
+    LaneCollectives,
+    LibraryCollectives,
+)
+from nanoflow.distributed.group import Group, Groups
+
+SCRATCH_BYTES = 64 << 20
+"""Symmetric memory of a lane for messages that do not lie in it already."""
+
+_VECTOR_BYTES = 16
+"""The kernels move this much at a time; a message of another multiple goes through the library."""
+
+
+def _symm_mem() -> Any:
+    return importlib.import_module("torch.distributed._symmetric_memory")
+
+
+class SymmetricMemory:
+    """Symmetric buffers of one process: all lanes' groups have the same members, so one rendezvous each serves all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module = _symm_mem()
+        self._shared: list[tuple[int, int]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, groups: Collection[Group]) -> Tensor:
+        """A buffer that collectives of `groups` can work on in place. Every rank must call it alike."""
+        buffer: Tensor = self._module.empty(shape, dtype=dtype, device=self._device)
+        for group in groups:
+            self._module.rendezvous(buffer, group.handle)
+        self._shared.append((buffer.data_ptr(), buffer.data_ptr() + buffer.numel() * buffer.element_size()))
+        return buffer
+
+    def handle(self, buffer: Tensor, group: Group) -> Any:
+        """Torch's handle of a buffer that `empty` made: addresses of all ranks' copies, and barriers."""
+        return self._module.rendezvous(buffer, group.handle)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` lies in one of the buffers."""
+        start = tensor.data_ptr()
+        return any(first <= start < end for first, end in self._shared)
+
+
+class _OnLibrary:
+    """What an implementation does not do better, the library does."""
+
+    def __init__(self, group: Group, memory: SymmetricMemory, scratch: Tensor) -> None:
+        self._group = group
+        self._group_name: str = group.handle.group_name
+        self._memory = memory
+        self._scratch = scratch
+        self._library = LibraryCollectives(group)
+
+    def all_reduce(self, x_td: Tensor) -> None:
+        """See `Collectives.all_reduce`."""
+        self._library.all_reduce(x_td)
+
+    def all_gather(self, part_td: Tensor, out_ntd: Tensor) -> None:
+        """See `Collectives.all_gather`."""
+        self._library.all_gather(part_td, out_ntd)
+
+    def reduce_scatter(self, parts_ntd: Tensor, out_td: Tensor) -> None:
+        """See `Collectives.reduce_scatter`."""
+        self._library.reduce_scatter(parts_ntd, out_td)
+
+    def _staging(self, like: Tensor) -> Tensor | None:
+        """Scratch of the size and type of `like`; None if it is too large or not whole vectors."""
+        n_bytes = like.numel() * like.element_size()
+        if n_bytes > self._scratch.numel() or n_bytes % (_VECTOR_BYTES * self._group.size):
+            return None
+        return self._scratch[:n_bytes].view(like.dtype).view(like.shape)
+
+
+class OneShot(_OnLibrary):
+    """All-reduce in one kernel: copy into symmetric scratch, meet, read all ranks' scratch, add in rank order."""
+
+    name = "one_shot"
+
+    def all_reduce(self, x_td: Tensor) -> None:
+        """See `Collectives.all_reduce`."""
+        staging = self._staging(x_td)
+        if staging is None:
+            self._library.all_reduce(x_td)
+            return
+        torch.ops.symm_mem.one_shot_all_reduce_copy_out(staging, x_td, "sum", self._group_name, x_td)
+
+
+class TwoShot(_OnLibrary):
+    """All-reduce in two steps of one kernel, in place where `x` lies in symmetric memory, else through scratch."""
+
+    name = "two_shot"
+
+    def all_reduce(self, x_td: Tensor) -> None:
+        """See `Collectives.all_reduce`."""
+        n_bytes = x_td.numel() * x_td.element_size()
+        aligned = n_bytes % (_VECTOR_BYTES * self._group.size) == 0 and x_td.data_ptr() % _VECTOR_BYTES == 0
+        if aligned and self._memory.holds(x_td):
+            torch.ops.symm_mem.two_shot_all_reduce_(x_td, "sum", self._group_name)
+            return
+        staging = self._staging(x_td)
+        if staging is None:
+            self._library.all_reduce(x_td)
+            return
+        staging.copy_(x_td)
+        torch.ops.symm_mem.two_shot_all_reduce_(staging, "sum", self._group_name)
+        x_td.copy_(staging)
+
+
+class CopyEngine(TwoShot):
+    """All-gather by copies from the other GPUs' scratch: the barriers are tiny kernels, the rest takes no SM."""
+
+    name = "copy_engine"
+
+    def __init__(self, group: Group, memory: SymmetricMemory, scratch: Tensor) -> None:
+        super().__init__(group, memory, scratch)
+        self._handle = memory.handle(scratch, group)
+
+    def all_gather(self, part_td: Tensor, out_ntd: Tensor) -> None:
+        """See `Collectives.all_gather`."""
+        if part_td.numel() * part_td.element_size() > self._scratch.numel():
+            self._library.all_gather(part_td, out_ntd)
+            return
+        rank, size = self._group.rank, self._group.size
+        mine = self._handle.get_buffer(rank, part_td.shape, part_td.dtype)
+        mine.copy_(part_td)
+        self._handle.barrier()
+        for step in range(size):
+            other = (rank + step) % size
+            theirs = part_td if other == rank else self._handle.get_buffer(other, part_td.shape, part_td.dtype)
+            out_ntd[other].copy_(theirs)
+        self._handle.barrier()  # nobody writes its scratch again before all have read it
+
+
+IMPLEMENTATIONS = {kind.name: kind for kind in (OneShot, TwoShot, CopyEngine)}
+
+
+def open_symmetric(
+    groups: Groups, device: torch.device, names: Collection[str], *, scratch_bytes: int = SCRATCH_BYTES
+) -> tuple[LaneCollectives, Allocate]:
+    """The library's collectives and those of `names` on every lane; buffers come from symmetric memory.
+
+    Raises `ConfigError` if the GPUs do not reach each other's memory.
+    """
+    memory = SymmetricMemory(device)
+    by_lane: dict[int, Mapping[str, Collectives]] = {}
+    try:
+        for lane, group in sorted(groups.lanes.items()):
+            scratch = memory.empty((scratch_bytes,), torch.uint8, [group])
+            own: dict[str, Collectives] = {LIBRARY: LibraryCollectives(group)}
+            own |= {name: IMPLEMENTATIONS[name](group, memory, scratch) for name in sorted(names)}
+            by_lane[lane] = own
+    except RuntimeError as error:
+        raise ConfigError(
+            f"symmetric memory cannot be had on these GPUs ({str(error).splitlines()[0]}); use a pipeline without "
+            f"the variants {', '.join(sorted(names))}."
+        ) from error
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        assert math.prod(shape) > 0, "a buffer holds something"
+        return memory.empty(shape, dtype, list(groups.lanes.values()))
+
+    return LaneCollectives(by_lane), allocate

@@ -1,0 +1,112 @@
+"""The process of a tensor-parallel rank other than 0: gets ready like rank 0 does, then launches what it is told.
+
+Started as `python -m nanoflow.engine.rank_worker PIPE MEMORY`, two file descriptors, by `engine/ranks.py` alone. It
+ends when it is told to, when rank 0 is gone, or when anything fails, which it reports first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from nanoflow.core.log import get_logger, setup_logging
+from nanoflow.distributed.channel import Receiver
+from nanoflow.engine.caching import make_mover
+from nanoflow.engine.placing import join, load_and_place
+from nanoflow.engine.ranks import RankJob
+from nanoflow.engine.resolve import TORCH_DTYPES, open_device
+from nanoflow.kernels.registry import create
+from nanoflow.kvcache.mover import PageMover
+from nanoflow.models.registry import resolve_model
+from nanoflow.pipeline.pipeline import Pipeline
+
+_log = get_logger(__name__)
+
+_LOOK_S = 1.0
+
+
+def main() -> None:
+    """Serve until told to stop. Leaves without waiting for lanes or collectives that may hang."""
+    pipe, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for rank 0, which ends this process when it is done
+        signal.signal(number, signal.SIG_IGN)
+    job: RankJob = pipe.recv()
+    threading.Thread(target=_end_with, args=(job.parent,), name="parent", daemon=True).start()
+    setup_logging(logging.getLevelName(max(job.log_level, logging.WARNING)))
+    try:
+        _follow(job, pipe, memory)
+    except BaseException as error:
+        _give_up(pipe, error)
+    _leave(0)
+
+
+def _follow(job: RankJob, pipe: Connection, memory: int) -> None:
+    config, pipeline = job.config, Pipeline.from_json(job.pipeline_json)
+    files = resolve_model(config.model.model, config.model.load_format, seed=config.model.seed)
+    device = open_device(config, job.rank)
+    rank = join(config, files, device, pipeline, Path(job.meeting_place), job.rank)
+    kernels = create(config.device.kernels, device.kind, TORCH_DTYPES[config.model.dtype])
+    _, executor = load_and_place(config, files, kernels, device, pipeline, rank, show_progress=False)
+    mover: PageMover | None = make_mover(executor, device, pipeline)
+    launched: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_read_results, args=(launched, pipe), name="results", daemon=True).start()
+    receiver = Receiver(memory, pipe, job.rank - 1)
+    while True:
+        kind, *values = receiver.receive()
+        if kind == "stop":
+            return
+        if kind == "copy":
+            assert mover is not None, "rank 0 has one"
+            mover.copy(*values)
+        else:
+            launched.put(executor.launch(*values))
+
+
+def _read_results(launched: queue.SimpleQueue[Any], pipe: Connection) -> None:
+    """Nobody needs the tokens here, but an iteration that failed must be told."""
+    while True:
+        pending = launched.get()
+        try:
+            pending.result()
+        except BaseException as error:
+            _give_up(pipe, error)
+
+
+def _give_up(pipe: Connection, error: BaseException) -> None:
+    """Tell rank 0 why, and end. If rank 0 is gone too, there is nobody to tell."""
+    if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
+        _leave(1)
+    _log.debug("rank failed:\n%s", "".join(traceback.format_exception(error)))
+    try:
+        pipe.send(f"has failed ({type(error).__name__}: {error})")
+    except OSError:
+        _leave(1)
+    _leave(1)
+
+
+def _end_with(parent: int) -> None:
+    """Rank 0 holds the other end of this process's standard input for as long as it lives."""
+    while os.getppid() == parent:
+        readable, _, _ = select.select([0], [], [], _LOOK_S)
+        if readable and not os.read(0, 1):
+            break
+    _leave(1)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

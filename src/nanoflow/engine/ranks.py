@@ -1,0 +1,265 @@
+"""Rank 0's view of the other ranks: it starts their processes, tells them what to run, and notices when one fails.
+
+The others follow: each iteration they get the batch plan that rank 0 launches itself (`distributed/channel.py`), so
+all ranks issue the same launches in the same order. If one of them ends or fails, all are ended, and what waits for
+the group gets a `RankFailedError` that says which one and why. No process outlives rank 0: each worker ends when the
+pipe to it closes, which happens however rank 0 ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nanoflow.core.batch import BatchPlan, BatchResult, Int32Array
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import RankFailedError
+from nanoflow.core.log import get_logger
+from nanoflow.distributed.channel import Sender, make_memory
+from nanoflow.distributed.group import WORKER_ENVIRONMENT
+from nanoflow.pipeline.pipeline import Pipeline
+
+_log = get_logger(__name__)
+T = TypeVar("T")
+
+_LOOK_S = 0.25
+"""Between two looks at whether the group still lives, while an iteration is waited for."""
+
+_EXPLAIN_S = 5.0
+"""A broken connection is noticed before the end of the process behind it: how long to wait for the reason."""
+
+_STOP_S = 3.0
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """What a worker process is told first. `config` has its device, kernels and precision settled."""
+
+    config: EngineConfig
+    pipeline_json: str
+    rank: int
+    meeting_place: str
+    parent: int
+    log_level: int
+
+
+@dataclass(frozen=True)
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    pipe: Connection
+
+
+class RankGroup:
+    """The worker processes of ranks 1 to N − 1. Close it, or all of them end with this process."""
+
+    def __init__(self, config: EngineConfig, pipeline: Pipeline) -> None:
+        self.failure: RankFailedError | None = None
+        self.on_failure: Callable[[], None] = _nothing
+        self.abort_collectives: Callable[[], None] = _nothing
+        self._failed = threading.Event()
+        self._closing = False
+        self._lock = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")
+        self.meeting_place = Path(self._folder.name) / "store"
+        memory = make_memory()
+        try:
+            ranks = range(1, config.device.tensor_parallel_size)
+            self._workers = [_start(config, pipeline, rank, self.meeting_place, memory) for rank in ranks]
+            self._sender = Sender(memory, [worker.pipe for worker in self._workers], self.check)
+        finally:
+            os.close(memory)
+        self._monitor = threading.Thread(target=self._watch, name="ranks", daemon=True)
+        self._monitor.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of ranks 1, 2, …"""
+        return [worker.process.pid for worker in self._workers]
+
+    def check(self) -> None:
+        """Raise the `RankFailedError` of a group that has failed."""
+        if self.failure is not None:
+            raise self.failure
+
+    def explain(self, error: BaseException) -> None:
+        """Raise the group's failure if `error` is what rank 0 saw of it; else return. Waits for the reason."""
+        self._failed.wait(_EXPLAIN_S)
+        if self.failure is not None:
+            raise self.failure from error
+
+    def while_it_lives(self, work: Callable[[], T]) -> T:
+        """`work()` in a thread of its own, given up if the group fails: for waits that nothing else interrupts."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="joining", daemon=True).start()
+        while True:
+            try:
+                return done.result(_LOOK_S)
+            except FutureTimeoutError:
+                if done.done():  # what `work` itself has raised
+                    raise
+                self.check()
+
+    def send(self, kind: str, *values: Any) -> None:
+        """Give every worker a command. Raises `RankFailedError` if one is gone."""
+        self.check()
+        try:
+            self._sender.send((kind, *values))
+        except OSError as error:
+            self.explain(error)
+            raise
+
+    def close(self) -> None:
+        """End the workers: those that are idle by themselves, the rest by force. Idempotent."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        if self.failure is None:
+            with contextlib.suppress(OSError):
+                self._sender.send(("stop",))
+        deadline = time.monotonic() + _STOP_S
+        for worker in self._workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+        self._kill()
+        self._monitor.join(timeout=_STOP_S)
+        for worker in self._workers:
+            worker.pipe.close()
+        self._folder.cleanup()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+            if worker.process.stdin is not None:
+                worker.process.stdin.close()
+
+    def _watch(self) -> None:
+        """The monitor's thread: the first message or closed pipe of a worker is the end of the group."""
+        by_pipe = {worker.pipe: worker for worker in self._workers}
+        ready: list[Any] = []
+        while not ready:
+            ready = wait(list(by_pipe), timeout=_LOOK_S)
+            if self._closing:
+                return
+        worker = by_pipe[ready[0]]
+        try:
+            reason = str(worker.pipe.recv())
+        except (EOFError, OSError):
+            reason = _how_it_ended(worker.process)
+        if self._closing:
+            return
+        self.failure = RankFailedError(
+            f"rank {worker.rank} of the model (process {worker.process.pid}) {reason}; all ranks were stopped."
+        )
+        _log.error("%s", self.failure)
+        self._kill()
+        self._failed.set()
+        with contextlib.suppress(Exception):  # whatever state the library is in: the group is given up
+            self.abort_collectives()
+        self.on_failure()
+
+
+def _start(config: EngineConfig, pipeline: Pipeline, rank: int, meeting_place: Path, memory: int) -> _Worker:
+    ours, theirs = Pipe()
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanoflow.engine.rank_worker", str(theirs.fileno()), str(memory)],
+            stdin=subprocess.PIPE,
+            pass_fds=[theirs.fileno(), memory],
+            env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": paths},
+        )
+    level = _log.getEffectiveLevel()
+    ours.send(RankJob(config, pipeline.to_json(), rank, str(meeting_place), os.getpid(), level))
+    return _Worker(rank, process, ours)
+
+
+def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        return "closed its pipe"
+    if code >= 0:
+        return f"has ended with exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"
+
+
+def _nothing() -> None:
+    """Nobody has asked to be told."""
+
+
+class Pending:
+    """An iteration on all ranks: rank 0's result, unless the group fails first."""
+
+    def __init__(self, group: RankGroup, inner: Any) -> None:
+        self._group = group
+        self._inner = inner
+
+    def result(self) -> BatchResult:
+        """Wait for the iteration and return its tokens. Raises `RankFailedError`, or rank 0's own error."""
+        while not self._inner.wait(_LOOK_S):
+            self._group.check()
+        try:
+            found: BatchResult = self._inner.result()
+        except Exception as error:
+            self._group.explain(error)
+            raise
+        return found
+
+
+class GroupLauncher:
+    """Launches every batch on all ranks; `inner` is rank 0's own executor, whose other attributes it shows."""
+
+    def __init__(self, group: RankGroup, inner: Any) -> None:
+        self._group = group
+        self.inner = inner
+
+    def launch(self, plan: BatchPlan, tracer: Any = None) -> Pending:
+        """Start an iteration on all ranks without waiting for it; a `tracer` sees rank 0's."""
+        self._group.send("launch", plan)
+        return Pending(self._group, self.inner.launch(plan, tracer))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class GroupMover:
+    """Copies KV pages inside the device on all ranks: each has its own heads of every page."""
+
+    def __init__(self, group: RankGroup, inner: Any) -> None:
+        self._group = group
+        self._inner = inner
+
+    def copy(self, sources: Int32Array, targets: Int32Array) -> None:
+        """See `kvcache.mover.PageMover.copy`."""
+        self._group.send("copy", sources, targets)
+        self._inner.copy(sources, targets)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
