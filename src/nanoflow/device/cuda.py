@@ -20,6 +20,7 @@ from nanoflow.device import green
 from nanoflow.device.base import Event, Issue, Program
 from nanoflow.device.power import PowerMeter
 
+WHOLE = -1
 SHARE_STEPS = 6
 _SHARE_SLACK = 1e-6
 _LOOK_AGAIN_S = 20e-6
@@ -126,6 +127,7 @@ class CudaDevice:
         self.main = torch.cuda.Stream(self.torch_device)
         self._power = PowerMeter(index)
         self._lanes: list[CudaLane] = []
+        self._whole = CudaLane("whole", 1.0, self.main, self.n_sms)
         self._contexts: list[green.GreenContext] = []
         self._graphs: dict[tuple[int, int], _Captured] = {}
         self._pool: Any = None
@@ -162,6 +164,7 @@ class CudaDevice:
 
     @property
     def lanes(self) -> Sequence[CudaLane]:
+        """Those that were opened. A launch may also name lane `WHOLE`: `main`, with all multiprocessors."""
         return self._lanes
 
     def start(self, program: Program, states: Sequence[Any], issue: Issue) -> CudaRun:
@@ -205,7 +208,7 @@ class CudaDevice:
         others = [lane for lane in self._lanes if lane.stream is not self.main]
         for lane in others:
             lane.stream.wait_event(fork)
-        issue(program.launches, self._lanes, states, events)
+        issue(program.launches, [*self._lanes, self._whole], states, events)
         for lane in others:
             join = torch.cuda.Event()
             join.record(lane.stream)

@@ -21,7 +21,7 @@ from nanoflow.core.batch import BatchPlan, BatchResult, LogprobArrays, SamplingP
 from nanoflow.core.errors import PipelineError
 from nanoflow.core.ops import Op
 from nanoflow.device.base import Launch, Program
-from nanoflow.device.cuda import CudaDevice, CudaRun
+from nanoflow.device.cuda import WHOLE, CudaDevice, CudaRun
 from nanoflow.executor.bucket import Bucket, BucketLayout, SliceWork, WholeBatch, bucket_sizes, slice_rows
 from nanoflow.executor.head import BlockHead, Sampler, is_plain, keeps_every_token
 from nanoflow.executor.pinned import Layout, PinnedStage, ResultRing
@@ -109,7 +109,7 @@ class CapturedExecutor:
         self._last_tokens = torch.zeros(n_slots + 1, dtype=torch.int32, device=where)
         self.head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
         self._program = build_program(pipeline, graph, decoder, self._prologue, _nothing)
-        self._head_program = Program((Launch("head", 0, self._sample, 0),), 0)
+        self._head_program = Program((Launch("head", WHOLE, self._sample, 0),), 0)
         self._sizes = sorted(sizes or bucket_sizes(pipeline.dense_batch))
         layouts = [BucketLayout(size, self._slice_works(size)) for size in self._sizes]
         self._stage = PinnedStage(max(at.pages for at in layouts) + max_requests * max_pages, where)
