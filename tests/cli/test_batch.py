@@ -24,7 +24,7 @@ class ClosableEngine(FakeEngine):
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> ClosableEngine:
     fake = ClosableEngine()
-    monkeypatch.setattr(batch, "load_engine", lambda config: fake)
+    monkeypatch.setattr(batch, "start_engine", lambda config, scaleout: fake)
     return fake
 
 

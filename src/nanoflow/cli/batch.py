@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoflow.cli import options
+from nanoflow.cli.engines import start_engine
 from nanoflow.cli.parser import SentenceParser
 from nanoflow.core.config import EngineConfig, ModelConfig
+from nanoflow.scaleout.config import ScaleoutConfig
 
 if TYPE_CHECKING:
     from nanoflow.batch.job import BatchJob
     from nanoflow.batch.status import JobStatus
-    from nanoflow.engine.async_llm import AsyncLLM
 
 HELP = "answer a file of requests, resumable after any kill"
 LOG_LEVEL = "WARNING"
@@ -51,6 +52,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep-order", action="store_true", help="send requests in the file's order")
     group.add_argument("--restart", action="store_true", help="drop what OUT.jsonl holds and begin anew")
     group.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    options.add_dataclass_options(parser.add_argument_group("replicas on Ray"), ScaleoutConfig)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +91,7 @@ def _answer_all(job: BatchJob, config: EngineConfig, args: argparse.Namespace) -
     from nanoflow.cli.batch_progress import ProgressBar
     from nanoflow.server.batch_responder import offline_responder
 
-    engine = load_engine(config)
+    engine = start_engine(config, ScaleoutConfig(**options.chosen(args, ScaleoutConfig)))
     try:
         scheduler = engine.config.scheduler
         in_flight = args.in_flight or 2 * (scheduler.max_running or 1)
@@ -103,13 +105,6 @@ def _answer_all(job: BatchJob, config: EngineConfig, args: argparse.Namespace) -
             return bar.report()
     finally:
         engine.close()
-
-
-def load_engine(config: EngineConfig) -> AsyncLLM:
-    """The engine, imported only now: parsing a command line must not wait for torch."""
-    from nanoflow.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_config(config, show_progress=sys.stderr.isatty())
 
 
 def identity_of(model: ModelConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from nanoflow.core.stats import WorkDone
 if TYPE_CHECKING:
     from nanoflow.analysis.report import RunReport
     from nanoflow.batch.job import BatchJob
-    from nanoflow.engine.async_llm import AsyncLLM
+    from nanoflow.server.engine_api import Engine
 
 _SECONDS_BETWEEN_FRAMES = 0.25
 _SECONDS_BETWEEN_LINES = 30.0
@@ -41,7 +41,7 @@ class SurveyCounter:
 class ProgressBar:
     """A bar on a terminal, a line every half minute elsewhere. The rates are those of this run, not of earlier ones."""
 
-    def __init__(self, job: BatchJob, engine: AsyncLLM, *, show: bool) -> None:
+    def __init__(self, job: BatchJob, engine: Engine, *, show: bool) -> None:
         from tqdm import tqdm
 
         self._job = job

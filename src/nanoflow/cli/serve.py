@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from nanoflow.cli import options
+from nanoflow.cli.engines import start_engine
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.stats import WorkDone
+from nanoflow.scaleout.config import ScaleoutConfig
 from nanoflow.server.config import ServerConfig
 
 HELP = "serve a model over HTTP, as OpenAI's API"
@@ -18,17 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     options.add_engine_options(parser)
     options.add_dataclass_options(parser.add_argument_group("server"), ServerConfig)
+    options.add_dataclass_options(parser.add_argument_group("replicas on Ray"), ScaleoutConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, then drain."""
     config = EngineConfig.from_options(**options.engine_options(args))
     server_config = ServerConfig(**options.chosen(args, ServerConfig))
-    from nanoflow.engine.async_llm import AsyncLLM
+    scaleout = ScaleoutConfig(**options.chosen(args, ScaleoutConfig))
     from nanoflow.server.run import serve
     from nanoflow.server.watch import report_or_none
 
-    engine = AsyncLLM.from_config(config, show_progress=sys.stderr.isatty())
+    engine = start_engine(config, scaleout)
     try:
         report_or_none(engine, 1.0, WorkDone())  # measures a new machine now, not under load for the dashboard
         serve(engine, server_config)

@@ -47,6 +47,21 @@ class TierFill:
 
 
 @dataclass(frozen=True)
+class ReplicaStats:
+    """One of several replicas behind one endpoint. `outstanding_tokens` are those that its requests may still cost.
+
+    `lost_requests` counts requests that it was lost with; they were computed again elsewhere, or failed.
+    """
+
+    name: str
+    ready: bool = False
+    requests: int = 0
+    outstanding_tokens: int = 0
+    restarts: int = 0
+    lost_requests: int = 0
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Gauges and counters of one engine."""
 
@@ -66,3 +81,4 @@ class EngineStats:
     kv_evicted_pages: int = 0  # kept pages of the device whose memory was needed
     kv_hit_tokens: dict[str, int] = field(default_factory=dict)  # not computed since found, by tier
     kv_reload_wait_s: float = 0.0  # time that pages were on their way from lower tiers, summed over reloads
+    replicas: tuple[ReplicaStats, ...] = ()  # where several engines answer as one

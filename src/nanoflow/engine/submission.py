@@ -71,9 +71,7 @@ class Submission:
 
         Only requests with equal `cache_salt` share KV pages.
         """
-        max_tokens = self._max_tokens(len(prompt_ids), params)
-        self._check_tokens(params)
-        _check_salt(cache_salt)
+        max_tokens = self.check(len(prompt_ids), params, cache_salt)
         request_id = request_id or uuid.uuid4().hex
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ids = tuple(prompt_ids)
@@ -91,6 +89,13 @@ class Submission:
             )
             for index in range(params.n)
         ]
+
+    def check(self, n_prompt: int, params: SamplingParams, cache_salt: str | None = None) -> int:
+        """How many tokens a choice may have after `n_prompt` ones. Raises `InvalidRequestError` naming the field."""
+        max_tokens = self._max_tokens(n_prompt, params)
+        self._check_tokens(params)
+        _check_salt(cache_salt)
+        return max_tokens
 
     def _max_tokens(self, n_prompt: int, params: SamplingParams) -> int:
         room = self.max_model_len - n_prompt

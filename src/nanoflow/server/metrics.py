@@ -18,6 +18,7 @@ from nanoflow import __version__
 from nanoflow.core.stats import EngineStats
 from nanoflow.server.engine_api import Engine, served_model_name
 from nanoflow.server.kv_metrics import kv_metrics
+from nanoflow.server.replica_metrics import replica_metrics
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -84,6 +85,7 @@ class _EngineCollector(Collector):
             finished.add_metric([reason], stats.finished.get(reason, 0))
         yield finished
         yield from kv_metrics(stats)
+        yield from replica_metrics(stats)
         yield GaugeMetricFamily("nanoflow_healthy", "1 while the engine can serve.", value=float(self._engine.healthy))
         yield GaugeMetricFamily("nanoflow_start_time_seconds", "Start of the server, Unix time.", value=self._start_s)
         info = {
