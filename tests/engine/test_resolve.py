@@ -58,7 +58,7 @@ def sizes(free_pages: float, dense_batch: int = 32, **options: Any) -> EngineCon
         ({"max_queued": 0}, "max_queued must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"dense_bach": 5}, "did you mean 'dense_batch'"),
-        ({"tensor_parallel_size": 2}, "unknown option 'tensor_parallel_size'"),
+        ({"pipeline_parallel_size": 2}, "unknown option 'pipeline_parallel_size'"),
         ({"model": ""}, "model is empty"),
     ],
 )

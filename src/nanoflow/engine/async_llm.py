@@ -143,6 +143,8 @@ class AsyncLLM:
         self._stopping = False
         self._draining = False
         self._dead: str | None = None
+        if engine.ranks is not None:
+            engine.ranks.on_failure = self._notice
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -284,15 +286,23 @@ class AsyncLLM:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=30)
 
+    def _notice(self) -> None:
+        """A rank has failed: the engine thread must not sleep on."""
+        with self._wake:
+            self._wake.notify()
+
     def _loop(self) -> None:
         """The engine thread: step while there is work, sleep while there is none."""
-        core = self._engine.core
+        engine, core = self._engine, self._engine.core
         in_flight: InFlightBatch | None = None
         try:
             while True:
                 if in_flight is None and not core.has_work:
                     with self._wake:
-                        self._wake.wait_for(lambda: core.has_work or self._stopping, core.idle_limit_s)
+                        self._wake.wait_for(
+                            lambda: core.has_work or self._stopping or engine.failed, core.idle_limit_s
+                        )
+                    engine.check()
                     if self._stopping and not core.has_work:
                         break
                 in_flight = core.step(in_flight)

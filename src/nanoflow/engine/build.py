@@ -59,6 +59,16 @@ class Engine:
             return rates
         return replace(rates, flops_per_s=cards * rates.flops_per_s, mem_bytes_per_s=cards * rates.mem_bytes_per_s)
 
+    @property
+    def failed(self) -> bool:
+        """Whether a rank has failed, so that no batch can run any more."""
+        return self.ranks is not None and self.ranks.failure is not None
+
+    def check(self) -> None:
+        """Raise the `RankFailedError` of a rank that has failed."""
+        if self.ranks is not None:
+            self.ranks.check()
+
     def close(self) -> None:
         """Keep what the KV cache's lower tiers can keep, then stop ranks and the device's lanes. Idempotent."""
         try:
@@ -66,7 +76,7 @@ class Engine:
         finally:
             if self.ranks is not None:
                 self.ranks.close()
-            if self.ranks is None or self.ranks.failure is None or self.device.kind == "cpu":
+            if not self.failed or self.device.kind == "cpu":
                 self.device.close()  # a GPU whose kernels wait for a rank that is gone would be waited for in vain
                 if self.rank is not None:
                     self.rank.close()

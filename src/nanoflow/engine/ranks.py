@@ -194,7 +194,8 @@ def _start(config: EngineConfig, pipeline: Pipeline, rank: int, meeting_place: P
             env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": paths},
         )
     level = _log.getEffectiveLevel()
-    ours.send(RankJob(config, pipeline.to_json(), rank, str(meeting_place), os.getpid(), level))
+    with contextlib.suppress(OSError):  # it has ended already: the monitor will say how
+        ours.send(RankJob(config, pipeline.to_json(), rank, str(meeting_place), os.getpid(), level))
     return _Worker(rank, process, ours)
 
 

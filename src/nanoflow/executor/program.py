@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanoflow.core.errors import PipelineError
+from nanoflow.core.ops import RESOURCE, Resource
 from nanoflow.device.base import Event, Lane, Launch, Program
 from nanoflow.models.decoder import Decoder
+from nanoflow.models.sharded import ShardedDecoder
 from nanoflow.models.state import NanoBatch
 from nanoflow.pipeline.graph import LayerGraph
-from nanoflow.pipeline.pipeline import COPY_OPS, Pipeline
+from nanoflow.pipeline.pipeline import COPY_OPS, NanoOp, Pipeline
 
 
 def issue(launches: Sequence[Launch], lanes: Sequence[Lane], states: Sequence[Any], events: Sequence[Event]) -> None:
@@ -54,8 +57,7 @@ def build_program(
     """
     lane_of = {lane.name: index for index, lane in enumerate(pipeline.lanes)}
     operations = [
-        None if nano.op in COPY_OPS else decoder.operation(nano.op, lane_of[nano.lane], nano.variant)
-        for nano in pipeline.nano_ops
+        None if nano.op in COPY_OPS else _operation(decoder, nano, lane_of[nano.lane]) for nano in pipeline.nano_ops
     ]
     state_of = {rows: index for index, rows in enumerate(pipeline.slices)}
     whole = len(state_of)
@@ -80,6 +82,18 @@ def build_program(
             rows.append(_Row(label, lane_of[nano.lane], run, state_of[(nano.start, nano.stop)], needs))
     rows.append(_Row("head", 0, epilogue, whole, last_layer))
     return _connect(rows)
+
+
+def _operation(decoder: Decoder, nano: NanoOp, lane: int) -> Callable[[int, NanoBatch], None]:
+    if RESOURCE[nano.op] is Resource.NETWORK:
+        assert isinstance(decoder, ShardedDecoder), "the graph of one rank has no network operations"
+        return decoder.network_op(nano.op, lane, nano.variant)
+    if nano.variant not in ("", decoder.kernels.name):
+        raise PipelineError(
+            f"the pipeline asks for the {nano.variant} form of {nano.op}, but this engine's kernels are "
+            f"{decoder.kernels.name}; choose kernels={nano.variant}, or search again with these."
+        )
+    return decoder.layer_ops[nano.op]
 
 
 def _bind(operation: Callable[[int, NanoBatch], None], layer: int) -> Callable[[NanoBatch | None], None]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanoflow.core.errors import PipelineError
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import Op
 from nanoflow.kernels.base import AttentionPlan, ExpertWeights, Kernels, LinearWeight
@@ -79,18 +78,6 @@ class Decoder:
             Op.DOWN: self.down,
             Op.EXPERTS: self.experts,
         }
-
-    def operation(self, op: Op, lane: int, variant: str) -> Callable[[int, NanoBatch], None]:
-        """What runs `op` of a layer on lane number `lane`; `variant` is the implementation that the pipeline names.
-
-        Raises `PipelineError` for one that is not to be had.
-        """
-        if variant not in ("", self.kernels.name):
-            raise PipelineError(
-                f"the pipeline asks for the {variant} form of {op}, but this engine's kernels are "
-                f"{self.kernels.name}; choose kernels={variant}, or search again with these."
-            )
-        return self.layer_ops[op]
 
     def activations(
         self, n_tokens: int, dtype: torch.dtype, device: torch.device, residual_dtype: torch.dtype

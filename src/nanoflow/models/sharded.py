@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanoflow.core.ops import RESOURCE, Op, Resource
+from nanoflow.core.ops import Op
 from nanoflow.distributed.collectives import Allocate, Collectives, LaneCollectives
 from nanoflow.distributed.sampling import choose
 from nanoflow.distributed.sharding import Shard, Span, shard_of
@@ -58,11 +58,12 @@ class ShardedDecoder(Decoder):
             Op.FFN_REDUCE: self.reduce,
         }
 
-    def operation(self, op: Op, lane: int, variant: str) -> Callable[[int, NanoBatch], None]:
-        """See `Decoder.operation`; variants of network operations name an implementation of the collectives."""
-        if RESOURCE[op] is Resource.NETWORK:
-            return partial(self._network_ops[op], self._collectives.at(lane, variant))
-        return super().operation(op, lane, variant)
+    def network_op(self, op: Op, lane: int, variant: str) -> Callable[[int, NanoBatch], None]:
+        """What runs network operation `op` of a layer on lane number `lane`, by the collectives called `variant`.
+
+        Raises `PipelineError` for collectives that this engine does not have.
+        """
+        return partial(self._network_ops[op], self._collectives.at(lane, variant))
 
     def activations(
         self, n_tokens: int, dtype: torch.dtype, device: torch.device, residual_dtype: torch.dtype

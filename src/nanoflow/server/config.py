@@ -34,6 +34,7 @@ class ServerConfig:
     keep_alive_s: int = _doc("seconds an idle connection stays open", default=30)
     data_dir: str | None = _doc("folder of uploaded files and batches; one server each", default=None)
     max_file_bytes: int = _doc("largest uploaded file in bytes", default=1 << 30)
+    restart_on_failure: bool = _doc("start the whole server again when its engine has failed", default=False)
     batch_in_flight: int | None = _doc("most choices of batches in the engine at once", default=None)
 
     def __post_init__(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Generator
 from types import FrameType
@@ -41,6 +43,14 @@ class DrainingServer(uvicorn.Server):
         self._drain_s = drain_s
         self._state = state
         self._batches = batches
+        self.ends_with_engine = False
+        self.engine_failed = False
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second: stop, as SIGTERM does, if the engine has failed and that was asked for."""
+        if self.ends_with_engine and not self._state.draining and not self._engine.healthy:
+            self.engine_failed = self.should_exit = self._state.draining = True
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -124,11 +134,19 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def serve(engine: Engine, server_config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return. Raises `ConfigError` if the address is taken."""
+    """Serve until SIGTERM or SIGINT, then drain and return. Raises `ConfigError` if the address is taken.
+
+    With `restart_on_failure` a failed engine replaces this process by a fresh one of the same command line, since
+    what the failure left on a GPU goes with its process only.
+    """
     server = make_server(engine, server_config)
+    server.ends_with_engine = server_config.restart_on_failure
     with server.capture_signals(), listen(server_config) as listener:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         log.info("Serving %s on http://%s:%d/v1", served_model_name(engine), shown, port)
         server.run(sockets=[listener])
+    if server.engine_failed:
+        log.warning("The engine has failed; starting again.")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     log.info("Stopped.")
