@@ -168,7 +168,7 @@ def find_contenders(
     if can_overlap:
         if on_phase is not None:
             on_phase.phase("searching")
-        bounds = SearchLimits(limits.search_seconds, limits.solve_seconds, limits.best)
+        bounds = SearchLimits(seconds=limits.search_seconds, solve_seconds=limits.solve_seconds, best=limits.best)
         pipelines = [one.pipeline for one in search(problem, bounds, _searching(limits, on_phase))]
     else:
         _log.warning("this device has no shares to give to lanes, so nothing can overlap; only baselines are compared")

@@ -29,7 +29,7 @@ from nanoflow.search.stage1 import solve_stage1
 from nanoflow.search.stage2 import Stage2Result, one_at_a_time, solve_stage2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchLimits:
     """How long and how far to search.
 
