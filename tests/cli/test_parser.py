@@ -11,8 +11,8 @@ from nanoflow.cli.main import main
     ("words", "sentence"),
     [
         ("generate", "nanoflow generate: the following arguments are required: MODEL"),
-        ("generate m --temprature 1", "nanoflow generate: there is no --temprature, did you mean --temperature?"),
-        ("generate m --temprature=1", "nanoflow generate: there is no --temprature=1, did you mean --temperature?"),
+        ("generate m --temprature 1", "nanoflow generate: there is no --temprature; did you mean --temperature?"),
+        ("generate m --temprature=1", "nanoflow generate: there is no --temprature=1; did you mean --temperature?"),
         ("serve m --dtype int8", "nanoflow serve: argument --dtype: invalid choice: 'int8'"),
         ("models extra", "nanoflow models: there is no extra here"),
         ("frobnicate", "nanoflow: argument COMMAND: invalid choice: 'frobnicate'"),

@@ -233,7 +233,7 @@ class ProfileTable:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"cannot read profile {path}: {error.strerror}.") from error
+            raise ConfigError(f"cannot read profile {path}: {error.strerror}; check the path.") from error
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 

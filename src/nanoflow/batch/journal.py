@@ -89,7 +89,7 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 if record is not None:
                     yield record, end
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}; check its permissions.") from None
 
 
 def _lock(fd: int) -> bool:

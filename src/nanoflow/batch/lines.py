@@ -57,7 +57,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
                     raw = file.readline(_SKIP_BYTES)
                 yield number, None
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}; check the path.") from None
 
 
 def parse_request(line: int, raw: bytes | None) -> BatchRequest:

@@ -67,7 +67,7 @@ def fingerprint(path: Path) -> tuple[int, str]:
                 digest.update(block)
                 size += len(block)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}; check the path.") from None
     return size, digest.hexdigest()
 
 

@@ -16,7 +16,8 @@ class SentenceParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the sentence and exit with 2."""
-        print(f"{self.prog}: {message}; see {self.prog} --help.", file=sys.stderr)
+        joint = " See" if message.endswith("?") else "; see"
+        print(f"{self.prog}: {message}{joint} {self.prog} --help.", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
     def parse_known_args(  # type: ignore[override]
@@ -31,4 +32,4 @@ class SentenceParser(argparse.ArgumentParser):
     def _hint(self, word: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(word.partition("=")[0], known, n=1) if word.startswith("-") else []
-        return f", did you mean {near[0]}?" if near else " here"
+        return f"; did you mean {near[0]}?" if near else " here"

@@ -47,9 +47,9 @@ def from_file(path: str, options: Mapping[str, Any], first_id: int = 0) -> list[
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"cannot read --prompts {path}: {error.strerror or error}.") from None
+        raise ConfigError(f"cannot read --prompts {path}: {error.strerror or error}; check the path.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {path} is not UTF-8 text (byte {error.start}).") from None
+        raise ConfigError(f"--prompts {path} is not UTF-8 text (byte {error.start}); encode it as UTF-8.") from None
     items = list(_parse(path, lines, options, first_id))
     if not items:
         raise ConfigError(f'--prompts {path} holds no prompt; write one object a line, e.g. {{"prompt": "Hello"}}.')

@@ -179,6 +179,7 @@ def find_hardware(name: str) -> HardwareSpec:
     wanted = name.lower().replace("_", "-")
     if wanted in HARDWARE:
         return HARDWARE[wanted]
-    near = difflib.get_close_matches(wanted, HARDWARE, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown hardware {name!r}; {hint}known: {', '.join(HARDWARE)}.")
+    begun = [known for known in HARDWARE if wanted and known.startswith(wanted)]
+    near = begun or difflib.get_close_matches(wanted, HARDWARE, n=1)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(HARDWARE)}."
+    raise ConfigError(f"unknown hardware {name!r}; {hint}")

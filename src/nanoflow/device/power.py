@@ -43,12 +43,6 @@ class PowerMeter:
         """The enforced power limit in watts."""
         return None if self._nvml is None else float(self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle)) / 1e3
 
-    def clock_mhz(self) -> float | None:
-        """The multiprocessors' clock now."""
-        if self._nvml is None:
-            return None
-        return float(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
-
 
 class TickedPower:
     """Mean power from an energy counter that moves in ticks: energy between two ticks over the time between them.

@@ -65,7 +65,7 @@ def verify_store(folder: Path, progress: Callable[[int, int], None] = lambda don
         finally:
             index.close()
     except OSError as error:
-        raise ConfigError(f"cannot read the KV pages in {folder}: {error.strerror}.") from error
+        raise ConfigError(f"cannot read the KV pages in {folder}: {error.strerror}; check its permissions.") from error
     finally:
         os.close(lock)
 
@@ -79,7 +79,9 @@ def clear_store(folder: Path) -> int:
         remove_store(folder)
         return n_bytes
     except OSError as error:
-        raise ConfigError(f"cannot remove the KV pages in {folder}: {error.strerror}.") from error
+        raise ConfigError(
+            f"cannot remove the KV pages in {folder}: {error.strerror}; check its permissions."
+        ) from error
     finally:
         os.close(lock)
 
@@ -120,7 +122,7 @@ def _read_index(folder: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"there are no KV pages in {folder}; name the folder of an SSD tier.") from None
     except OSError as error:
-        raise ConfigError(f"cannot read the KV pages in {folder}: {error.strerror}.") from error
+        raise ConfigError(f"cannot read the KV pages in {folder}: {error.strerror}; check its permissions.") from error
 
 
 def _header(folder: Path, data: bytes) -> tuple[Geometry, int]:

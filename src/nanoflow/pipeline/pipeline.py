@@ -200,7 +200,7 @@ class Pipeline:
         except PipelineError:
             raise
         except KeyError as error:
-            raise PipelineError(f"the pipeline lacks field {error}.") from error
+            raise PipelineError(f"the pipeline lacks field {error}; add it.") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise PipelineError(f"the pipeline is not valid JSON of a Pipeline: {error}.") from error
 
@@ -214,7 +214,7 @@ class Pipeline:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise PipelineError(f"cannot read pipeline file {path}: {error.strerror}.") from error
+            raise PipelineError(f"cannot read pipeline file {path}: {error.strerror}; check the path.") from error
         except UnicodeDecodeError as error:
             raise PipelineError(f"{path} is not a text file; give a Pipeline in JSON.") from error
         except PipelineError as error:
