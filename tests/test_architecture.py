@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "nanoflow"
 LAYERS = [
     *("core", "analysis", "pipeline", "search", "device", "kernels", "distributed", "text", "kvcache"),
-    *("models", "executor", "profiling", "engine", "batch", "server", "scaleout", "bench", "cli"),
+    *("models", "executor", "profiling", "engine", "batch", "server", "scaleout", "bench", "planning", "cli"),
 ]
 TORCH_FREE = ("core", "analysis", "pipeline", "search", "text", "batch")
 TORCH_FREE_ON_IMPORT = (*TORCH_FREE, "cli")

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Analyse by published peaks and, where known, by measured rates; print both."""
     _check(args)
-    spec, workload, target = _spec(args.model), find_workload(args.workload), _target(args)
+    spec, workload, target = spec_of(args.model), find_workload(args.workload), _target(args)
     prompts, answers = workload.sample(SAMPLES)
     link = None if args.link_gb is None else args.link_gb * 1e9
     found: dict[str, tuple[Group, Analysis]] = {}
@@ -190,7 +190,8 @@ def _machine(name: str, args: argparse.Namespace, target: Target, found: dict[st
     return Machine(name, groups)
 
 
-def _spec(model: str) -> ModelSpec:
+def spec_of(model: str) -> ModelSpec:
+    """The shape of a preset, a folder, a config.json or a .gguf file; no weights are read."""
     found = find_preset(model)
     if found is not None:
         return found
