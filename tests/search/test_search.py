@@ -22,7 +22,7 @@ from nanoflow.search.problem import Problem, RowMix
 from nanoflow.search.relaxation import relax
 from nanoflow.search.rotation import offsets, turns_of, whole_layer
 from nanoflow.search.schedule import sequential_schedule
-from nanoflow.search.search import SearchLimits, best_gain, search, sequential_candidate
+from nanoflow.search.search import Candidate, SearchLimits, search, sequential_candidate
 from nanoflow.search.stage1 import solve_stage1
 from nanoflow.search.stage2 import one_at_a_time, solve_stage2
 from tests.search.tiny import CHAIN, table
@@ -30,6 +30,12 @@ from tests.search.tiny import CHAIN, table
 pytest.importorskip("highspy", reason="the search needs HiGHS")
 PAPER = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "paper_a100"
 SEVEN = (0.1, 0.3, 0.4, 0.6, 0.7, 0.9, 1.0)
+
+
+def best_gain(found: list[Candidate]) -> float:
+    """Predicted speed of the first candidate over the sequential pipeline."""
+    sequential = next(one for one in found if one.pipeline.name == "sequential")
+    return sequential.period_us / found[0].period_us
 
 
 def paper_problem(**changes: object) -> Problem:

@@ -88,7 +88,8 @@ def plain(config: EngineConfig, overlap: Pipeline | None) -> EngineConfig:
         asked = config.scheduler.dense_batch
         if asked not in (None, overlap.dense_batch):
             raise ConfigError(
-                f"dense_batch is {asked}, but the overlapping pipeline is for {overlap.dense_batch}; drop --dense-batch, or give another --overlap."
+                f"dense_batch is {asked}, but the overlapping pipeline is for {overlap.dense_batch}; "
+                "drop --dense-batch, or give another --overlap."
             )
         config = config.with_options("scheduler", dense_batch=overlap.dense_batch)
     if config.cache.kv_memory_bytes is None and config.cache.kv_memory_fraction is None:

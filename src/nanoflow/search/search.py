@@ -8,7 +8,6 @@ that brings nothing ends the growth. The sequential pipeline is always among the
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -301,9 +300,3 @@ def _described(candidate: Candidate, problem: Problem) -> Candidate:
     meta = {"model": table.model, "dtype": table.dtype, "ranks": table.ranks, "mix": mix, "predicted": predicted}
     pipeline = replace(candidate.pipeline, meta=meta)
     return replace(candidate, pipeline=pipeline, timeline=replace(candidate.timeline, pipeline=pipeline))
-
-
-def best_gain(candidates: list[Candidate]) -> float:
-    """Predicted speed of the first candidate over the sequential pipeline."""
-    sequential = next(c for c in candidates if c.pipeline.name == "sequential")
-    return sequential.period_us / candidates[0].period_us if candidates[0].period_us > 0 else math.inf
