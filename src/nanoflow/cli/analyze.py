@@ -42,16 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpus = f"{THIS_CPU} (this machine, measured; the default), {', '.join(HARDWARE)}"
     parser.add_argument("model", metavar="MODEL", help="preset, model folder, config.json or .gguf file")
     parser.add_argument("--gpu", "--hardware", dest="gpu", metavar="NAME", default=THIS_CPU, help=gpus)
-    parser.add_argument("--gpus", type=int, default=1, help="devices that hold one copy of the model (default 1)")
-    parser.add_argument("--dense-batch", type=int, default=2048, help="tokens of an iteration (default 2048)")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", default=1, help="devices that hold one copy of the model (default 1)"
+    )
+    parser.add_argument(
+        "--dense-batch", type=int, metavar="N", default=2048, help="tokens of an iteration (default 2048)"
+    )
     parser.add_argument(
         "--workload",
+        metavar="W",
         default="512/512",
         help=f"{', '.join(BUILT_IN)}, IN/OUT tokens, MEAN~DEVIATION for either, or a .csv trace (default 512/512)",
     )
     parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16", help="precision (default bfloat16)")
-    parser.add_argument("--link-gb", type=float, help="link between devices, GB/s one way, instead of the device's own")
-    parser.add_argument("--attained-tflops", type=float, help="GEMM rate measured on the device, TFLOP/s")
+    parser.add_argument(
+        "--link-gb", type=float, metavar="X", help="link between devices, GB/s one way, instead of the device's own"
+    )
+    parser.add_argument("--attained-tflops", type=float, metavar="X", help="GEMM rate measured on the device, TFLOP/s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw maps and a roofline to this .png or .svg file")

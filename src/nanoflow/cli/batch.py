@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoflow.cli import options
 from nanoflow.cli.engines import start_engine
-from nanoflow.cli.parser import SentenceParser
+from nanoflow.cli.parser import SentenceParser, add_log_level
 from nanoflow.core.config import EngineConfig, ModelConfig
 from nanoflow.scaleout.config import ScaleoutConfig
 
@@ -28,15 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=SentenceParser)
     run_help = "answer the requests of a file in OpenAI's batch format"
     child = actions.add_parser("run", help=run_help, description=run_help, allow_abbrev=False)
-    child.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default=argparse.SUPPRESS,
-        help="what to log to stderr",
-    )
+    add_log_level(child, below=True)
     _add_run_arguments(child)
     status_help = "how far a job is"
     child = actions.add_parser("status", help=status_help, description=status_help, allow_abbrev=False)
+    add_log_level(child, below=True)
     child.add_argument("output", metavar="OUT.jsonl", type=Path, help="the job's output file")
     child.add_argument("--json", action="store_true", help="print one JSON object")
 

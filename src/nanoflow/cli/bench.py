@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanoflow.cli import bench_options, options
+from nanoflow.cli.parser import add_log_level
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("multiround", "conversations: what KV reuse saves", bench_options.add_multiround, run_multiround),
     ):
         child = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_log_level(child, below=True)
         declare(child)
         child.set_defaults(bench=bench)
 

@@ -31,15 +31,23 @@ def add_online(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--find", action="store_true", help="search the highest sustained rate, from the best of --rates"
     )
-    group.add_argument("--seconds", type=float, default=60.0, help="seconds of arrivals at each rate (default 60)")
+    group.add_argument(
+        "--seconds", type=float, metavar="X", default=60.0, help="seconds of arrivals at each rate (default 60)"
+    )
     group.add_argument("--arrivals", choices=("poisson", "gamma", "trace"), default="poisson", help="default poisson")
-    group.add_argument("--burstiness", type=float, default=4.0, help="of gamma arrivals; 1 is Poisson (default 4)")
+    group.add_argument(
+        "--burstiness", type=float, metavar="X", default=4.0, help="of gamma arrivals; 1 is Poisson (default 4)"
+    )
     group.add_argument(
         "--limit-ms", type=float, default=200.0, metavar="X", help="allowed time an output token (default 200)"
     )
-    group.add_argument("--drain-seconds", type=float, default=60.0, help="wait for the last answers (default 60)")
+    group.add_argument(
+        "--drain-seconds", type=float, metavar="X", default=60.0, help="wait for the last answers (default 60)"
+    )
     group.add_argument("--warmup", type=int, default=8, metavar="N", help="requests to send before (default 8)")
-    group.add_argument("--resolution", type=float, default=0.1, help="when --find is done (default 0.1: 10 %%)")
+    group.add_argument(
+        "--resolution", type=float, metavar="X", default=0.1, help="when --find is done (default 0.1: 10 %%)"
+    )
     add_endpoint(group)
     add_output(group)
 
@@ -56,7 +64,11 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overlap", type=Path, metavar="FILE", help="the overlapping pipeline (default: the tuned one)")
     group.add_argument("--tune", action="store_true", help="run nanoflow tune first where nothing is tuned")
     group.add_argument(
-        "--search-seconds", type=float, default=45.0, help="search an overlapping pipeline for so long (default 45)"
+        "--search-seconds",
+        type=float,
+        metavar="X",
+        default=45.0,
+        help="search an overlapping pipeline for so long (default 45)",
     )
     group.add_argument(
         "--compare",
@@ -76,7 +88,9 @@ def add_multiround(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trace", type=Path, metavar="FILE.csv", required=True, help=f"with the columns {columns}")
     group.add_argument("--conversations", type=int, default=50, metavar="N", help="how many (default 50)")
     group.add_argument("--concurrent", type=int, default=32, metavar="N", help="at the same time (default 32)")
-    group.add_argument("--think-seconds", type=float, default=0.0, help="mean pause before the next round (default 0)")
+    group.add_argument(
+        "--think-seconds", type=float, metavar="X", default=0.0, help="mean pause before the next round (default 0)"
+    )
     group.add_argument("--max-total-tokens", type=int, metavar="N", help="end a conversation before it grows longer")
     group.add_argument("--max-turns", type=int, metavar="N", help="end a conversation after so many rounds")
     group.add_argument("--runs", type=int, default=1, metavar="N", help="measured repeats of each (default 1)")

@@ -31,7 +31,7 @@ from nanoflow.cli import (
     serve,
     tune,
 )
-from nanoflow.cli.parser import SentenceParser
+from nanoflow.cli.parser import SentenceParser, add_log_level
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError, NanoflowError
 from nanoflow.core.log import setup_logging
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         child = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
-        child.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="what to log to stderr")
+        add_log_level(child)
         module.add_arguments(child)
         child.set_defaults(run=module.run, default_log_level=module.LOG_LEVEL)
     return parser

@@ -11,6 +11,16 @@ from typing import Any, NoReturn
 EXIT_USAGE = 2
 
 
+def add_log_level(parser: argparse.ArgumentParser, *, below: bool = False) -> None:
+    """`--log-level`, before an action's name and after it; `below`: keep what was said before the name."""
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default=argparse.SUPPRESS if below else None,
+        help="what to log to stderr",
+    )
+
+
 class SentenceParser(argparse.ArgumentParser):
     """Says what is wrong and where help is; unknown options are reported by the command that was given them."""
 

@@ -46,12 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_traffic(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--arrivals", choices=("poisson", "gamma", "trace"), default="poisson", help="default poisson")
-    group.add_argument("--burstiness", type=float, default=4.0, help="of gamma arrivals; 1 is Poisson (default 4)")
+    group.add_argument(
+        "--burstiness", type=float, metavar="X", default=4.0, help="of gamma arrivals; 1 is Poisson (default 4)"
+    )
     group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave out requests with a longer prompt")
     group.add_argument("--max-output-tokens", type=int, metavar="N", help="leave out requests with a longer answer")
     group.add_argument("--requests", type=int, default=2000, metavar="N", help="simulate at most so many (2000)")
     group.add_argument("--simulate", type=int, default=1, metavar="K", help="representative replicas (default 1)")
-    group.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default 0)")
+    group.add_argument("--seed", type=int, metavar="N", default=0, help="of lengths and arrivals (default 0)")
 
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:
@@ -62,7 +64,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--profile", type=Path, metavar="FILE", help="times of nanoflow profile (cpu: the tuned one's)")
     group.add_argument("--pipeline", type=Path, metavar="FILE", help="with a profile: plan for this pipeline")
     group.add_argument("--efficiency", type=float, metavar="X", help="part of the rates that is reached (0 to 1)")
-    group.add_argument("--link-gb", type=float, metavar="GB", help="link between devices, GB/s one way")
+    group.add_argument("--link-gb", type=float, metavar="X", help="link between devices, GB/s one way")
     group.add_argument("--calibration", type=Path, metavar="FILE", help="overheads measured before")
     group.add_argument("--calibrate", metavar="URL", help="measure the overheads at this server (to --calibration)")
 

@@ -34,6 +34,7 @@ def add_workload(group: argparse._ArgumentGroup) -> None:
     """`--workload`, which `tune` has as well."""
     group.add_argument(
         "--workload",
+        metavar="W",
         default=DEFAULT_WORKLOAD,
         help=f"whose batch to measure: splitwise, lmsys-chat, sharegpt, IN/OUT, .csv (default {DEFAULT_WORKLOAD})",
     )

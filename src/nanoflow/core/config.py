@@ -59,7 +59,9 @@ class CacheConfig:
 
     page_tokens: int = _doc("tokens a KV page holds", default=16)
     kv_memory_fraction: float | None = _doc(
-        "share of the device's free memory (after weights) the KV cache may take", default=None
+        "memory for the KV cache: on a CPU the share of what is free after the weights (0.4 if left out), on a GPU "
+        "the share of the whole card, weights included (0.92)",
+        default=None,
     )
     kv_memory_bytes: int | None = _doc("KV cache size in bytes, instead of a fraction", default=None)
     enable_prefix_caching: bool = _doc("keep the KV pages of finished prompts and answers for reuse", default=True)
