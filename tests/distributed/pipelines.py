@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nanoflow.core.ops import RESOURCE, Op, Resource
-from nanoflow.pipeline.baselines import nano_batches, sequential
+from nanoflow.pipeline.baselines import nano_batches, network_overlap, sequential
 from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.pipeline import LaneSpec, NanoOp, Pipeline
 
@@ -58,6 +58,7 @@ def lagging(graph: LayerGraph) -> Pipeline:
 PIPELINES: dict[str, Callable[[LayerGraph], Pipeline]] = {
     "sequential": lambda graph: sequential(graph, DENSE_BATCH),
     "nano-batches": lambda graph: nano_batches(graph, DENSE_BATCH, [7, 12]),
+    "network-overlap": lambda graph: network_overlap(graph, DENSE_BATCH),
     "gathering": gathering,
     "overlapped": overlapped,
     "lagging": lagging,

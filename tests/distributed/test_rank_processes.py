@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoflow.core.errors import ConfigError, EngineDeadError, RankFailedError
+from nanoflow.core.errors import ConfigError, EngineDeadError, PipelineError, RankFailedError
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.async_llm import AsyncLLM
 from nanoflow.engine.build import Engine
@@ -124,7 +124,9 @@ def test_a_rank_that_cannot_start_says_so(folder: Path, monkeypatch: pytest.Monk
         make(folder, tensor_parallel_size=2)
 
 
-def test_too_many_ranks_and_tiers_are_refused(folder: Path) -> None:
+def test_what_ranks_cannot_do_is_refused(folder: Path) -> None:
+    with pytest.raises(PipelineError, match="one rank has no network operations"):
+        make(folder, pipeline="network-overlap")
     with pytest.raises(ConfigError, match="split into 4 parts at most"):
         make(folder, tensor_parallel_size=5)
     with pytest.raises(ConfigError, match="work on one rank"):

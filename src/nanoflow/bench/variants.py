@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from nanoflow.analysis.profile_table import ProfileTable
 from nanoflow.core.config import EngineConfig
-from nanoflow.core.errors import DeviceMemoryError, NanoflowError
+from nanoflow.core.errors import ConfigError, DeviceMemoryError, NanoflowError
 from nanoflow.core.log import get_logger
 from nanoflow.device.base import Device
 from nanoflow.engine import tuned
@@ -55,7 +55,15 @@ class Variant:
 
 
 def variants_for(engine: Engine, overlap: Pipeline | None) -> list[Variant]:
-    """All variants of an ablation on one rank; `overlap` is the overlapping pipeline, if one is known."""
+    """All variants of an ablation on one rank; `overlap` is the overlapping pipeline, if one is known.
+
+    Raises `ConfigError` for an engine of several ranks, whose other processes run one pipeline only.
+    """
+    if engine.ranks is not None:
+        raise ConfigError(
+            "an ablation works on one rank; drop tensor_parallel_size, or run `nanoflow bench offline` once for each "
+            "--pipeline."
+        )
     graph, dense_batch = layer_graph(engine.spec), engine.pipeline.dense_batch
     base = sequential(graph, dense_batch)
     split = nano_batches(graph, dense_batch, [dense_batch // 2]) if dense_batch >= 2 else None

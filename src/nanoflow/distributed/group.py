@@ -31,8 +31,14 @@ START_TIMEOUT = timedelta(minutes=30)
 LANE_TIMEOUT = timedelta(seconds=120)
 """For a collective of an iteration: all ranks are at most one iteration apart."""
 
-WORKER_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-"""NVLink multicast stays off: it reaches into memory that the driver shares with other jobs of the host."""
+WORKER_ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+"""NVLink multicast stays off: it is a resource of the whole host. And torch's NCCL watchdog must not end processes:
+who notices that a rank has gone tells the requests first (`engine/ranks.py`)."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,6 @@ class Group:
     size: int
     device: torch.device
     handle: Any
-
-    def abort(self) -> None:
-        """Give up collectives that hang, because another rank has gone. The group is of no use afterwards."""
-        if self.device.type == "cuda":
-            c10d._abort_process_group(self.handle)
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,12 @@ class Groups:
         return int(tensor.item())
 
     def abort(self) -> None:
-        """See `Group.abort`."""
-        for group in self.lanes.values():
-            group.abort()
+        """Leave all groups; collectives of GPUs that hang, because another rank has gone, are given up. Idempotent.
+
+        Gloo needs none of this: its connections break with the process at their other end.
+        """
+        if dist.is_initialized() and any(group.device.type == "cuda" for group in self.lanes.values()):
+            c10d._abort_process_group()
 
 
 def open_groups(meeting_place: Path, rank: int, size: int, device: torch.device, lanes: Iterable[int]) -> Groups:
@@ -130,12 +134,6 @@ def _nccl(store: Any, rank: int, size: int, device: torch.device, lanes: Iterabl
         device_id=device,
     )
     return {
-        lane: Group(f"lane-{lane}", rank, size, device, dist.new_group(backend="nccl", timeout=LANE_TIMEOUT))
+        lane: Group(f"lane-{lane}", rank, size, device, dist.new_group(backend="nccl", timeout=START_TIMEOUT))
         for lane in lanes
     }
-
-
-def close_groups(groups: Groups) -> None:
-    """Leave torch's default group, where one was made. Idempotent."""
-    if dist.is_initialized() and any(group.device.type == "cuda" for group in groups.lanes.values()):
-        dist.destroy_process_group()

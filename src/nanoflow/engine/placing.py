@@ -16,7 +16,7 @@ from nanoflow.core.config import EngineConfig
 from nanoflow.core.ops import RESOURCE, Resource
 from nanoflow.device.base import Device
 from nanoflow.distributed.collectives import Allocate, LaneCollectives
-from nanoflow.distributed.group import Groups, close_groups, open_groups
+from nanoflow.distributed.group import Groups, open_groups
 from nanoflow.distributed.implementations import open_collectives
 from nanoflow.distributed.sharding import Shard, shard_of
 from nanoflow.engine.core import Launcher
@@ -43,7 +43,7 @@ class Rank:
 
     def close(self) -> None:
         """Leave the groups. Idempotent."""
-        close_groups(self.groups)
+        self.groups.abort()
 
 
 def join(

@@ -17,7 +17,7 @@ from nanoflow.device.base import Device
 from nanoflow.device.cpu import CpuDevice, fast_matrix_dtypes
 from nanoflow.engine import tuned
 from nanoflow.kernels.registry import available
-from nanoflow.pipeline.baselines import sequential
+from nanoflow.pipeline.baselines import network_overlap, sequential
 from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.profiling.fingerprint import machine_fingerprint
@@ -175,6 +175,8 @@ def choose_pipeline(
         pipeline = kept
     elif config.pipeline in ("auto", "sequential"):
         pipeline = sequential(graph, config.scheduler.dense_batch or DEFAULTS[kind].dense_batch)
+    elif config.pipeline == "network-overlap":
+        pipeline = network_overlap(graph, config.scheduler.dense_batch or DEFAULTS[kind].dense_batch)
     else:
         pipeline = Pipeline.load(Path(config.pipeline))
         asked = config.scheduler.dense_batch

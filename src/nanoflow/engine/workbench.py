@@ -97,6 +97,8 @@ class Workbench:
 
 def open_workbench(config: EngineConfig, workload: str) -> Workbench:
     """Decide device, precision, kernels and the steady mix of `workload`. Raises the errors of `build_engine`."""
+    if config.device.tensor_parallel_size > 1:
+        raise ConfigError("profiling and tuning measure one rank; drop tensor_parallel_size.")
     files = resolve_model(config.model.model, config.model.load_format, seed=config.model.seed)
     device = open_device(config)
     config = resolve_dtype(config, files.spec, device)

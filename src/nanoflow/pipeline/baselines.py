@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from nanoflow.core.errors import PipelineError
+from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.pipeline import LaneSpec, NanoOp, Pipeline
 
@@ -30,3 +31,27 @@ def nano_batches(graph: LayerGraph, dense_batch: int, boundaries: Sequence[int])
     cuts = list(pairwise(edges))
     nano_ops = tuple(NanoOp(op, start, stop, "main") for op in graph.ops_of_form() for start, stop in cuts)
     return Pipeline("nano-batches", dense_batch, (LaneSpec("main"),), nano_ops)
+
+
+def network_overlap(graph: LayerGraph, dense_batch: int) -> Pipeline:
+    """Two nano-batches that take turns, so that the collectives of one run beside the products of the other.
+
+    Both lanes may use the whole device: how little of it collectives need, hardware sorts out. Of equivalent forms it
+    takes the first. Raises `PipelineError` for a graph of one rank, which has nothing to overlap.
+    """
+    ops = graph.ops_of_form()
+    joins = [place for place, op in enumerate(ops) if RESOURCE[op] is Resource.NETWORK]
+    if not joins:
+        raise PipelineError("one rank has no network operations to overlap; give tensor_parallel_size, or another one.")
+    if dense_batch < 2:
+        raise PipelineError("a dense batch of one token cannot be split; raise dense_batch.")
+    starts = [0, *(place + 1 for place in joins)]
+    halves = ((0, dense_batch // 2), (dense_batch // 2, dense_batch))
+
+    def lane(op: Op) -> str:
+        return "network" if RESOURCE[op] is Resource.NETWORK else "main"
+
+    nano_ops = [
+        NanoOp(op, *rows, lane(op)) for start, stop in pairwise(starts) for rows in halves for op in ops[start:stop]
+    ]
+    return Pipeline("network-overlap", dense_batch, (LaneSpec("main"), LaneSpec("network")), tuple(nano_ops))
