@@ -39,8 +39,8 @@ class ReplicaHost:
     def info(self) -> ReplicaInfo:
         """What is served here."""
         engine = self._engine
-        where = f"{socket.gethostname()}, process {os.getpid()}"
-        return ReplicaInfo(engine.config, engine.spec, engine.max_model_len, engine.pipeline, where)
+        place = socket.gethostname(), os.getpid()
+        return ReplicaInfo(engine.config, engine.spec, engine.max_model_len, engine.pipeline, *place)
 
     def submit(self, orders: list[Order]) -> None:
         """Queue prompts. The router has checked them, so a refusal is rare; it comes back as error deltas."""

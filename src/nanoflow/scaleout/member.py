@@ -105,7 +105,7 @@ class Member:
             self._note(await _within(link.take(), self._config.health_timeout_s, "answer"))
             self._broken = asyncio.get_running_loop().create_future()
             self.link, self.state = link, "ready"
-            log.info("replica %d is ready (%s)", self.slot, self.info.where)
+            log.info("replica %d is ready (%s, process %d)", self.slot, self.info.node, self.info.pid)
             self._owner.on_ready(self)
             await self._serve(link)
         except asyncio.CancelledError:

@@ -43,13 +43,14 @@ class Taken:
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """What a started replica serves and how. `config` is the resolved one; `where` names node and process."""
+    """What a started replica serves and how, and where it runs. `config` is the resolved one."""
 
     config: EngineConfig
     spec: ModelSpec
     max_model_len: int
     pipeline: Pipeline
-    where: str = ""
+    node: str
+    pid: int
 
 
 class ReplicaLink(Protocol):
