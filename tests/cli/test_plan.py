@@ -39,6 +39,15 @@ def test_memory_that_is_too_small_is_a_row(capsys: pytest.CaptureFixture[str]) -
     assert found["cheapest"] is None
 
 
+def test_memory_counts_for_the_longest_request_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("llama-2-70b", "--gpu", "h200", "--rate", "1", "--slo", "200", "--tp", "2")
+    found = _plan(capsys, *words, "--trace", "200/20")
+    assert found["engine"]["max_model_len"] == 220
+    asked = _plan(capsys, *words, "--trace", "200/20", "--max-model-len", "4096")
+    assert asked["engine"]["max_model_len"] == 4096
+    assert asked["options"][0]["kv_tokens"] > found["options"][0]["kv_tokens"]
+
+
 def test_the_table_names_the_cheapest(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["llama-3-8b", "--gpu", "h200", "--rate", "20", "--slo", "100", "--tp", "1,2", *QUICK]
     assert main(["plan", *words]) == 0

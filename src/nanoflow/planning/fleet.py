@@ -29,7 +29,7 @@ SKIP = 0.4
 LEAST_REQUESTS = 200
 STAYS = 3.0
 """Simulated time in mean stays of a request."""
-LONE_REQUESTS, LONE_PART = 50, 0.02
+LONE_REQUESTS, LONE_PART = 10, 0.02
 """Requests that hardly ever meet: if they are too slow, no number of replicas helps."""
 GROWTH = 1.3
 MOST_REPLICAS = 100_000

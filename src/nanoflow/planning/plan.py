@@ -61,8 +61,7 @@ class Question:
 
 def make_plan(question: Question, on_step: Callable[[str], None] | None = None) -> dict[str, Any]:
     """The plan as plain values: the options, the cheapest that meets the limits, and what was assumed."""
-    engine = engine_sizes(question)
-    traffic = replace(question.traffic, limits=replace(question.traffic.limits, total_tokens=engine.max_model_len))
+    engine, traffic = sized(question)
     planner = Planner(question.objective, traffic, simulated=question.simulated, on_step=on_step)
     options: list[Option] = []
     for degree in degrees_of(question):
@@ -93,11 +92,28 @@ def degrees_of(question: Question) -> list[int]:
     """TP degrees to try: those that divide the heads."""
     wanted = question.degrees or ((1,) if question.gpu == THIS_CPU else DEGREES)
     usable = [degree for degree in wanted if question.spec.n_heads % degree == 0]
+    if question.degrees is None:
+        usable = [degree for degree in usable if degree == 1 or machine(question, degree)[0].link_bytes_per_s]
     if not usable:
         raise ConfigError(
             f"no degree of {list(wanted)} divides the {question.spec.n_heads} heads; choose another --tp."
         )
     return usable
+
+
+def sized(question: Question) -> tuple[Engine, Traffic]:
+    """The engine's sizes, and traffic without requests that are too long for them.
+
+    Where `max_model_len` was left open it is that of the longest request, as no engine needs memory for longer ones.
+    """
+    engine, traffic = engine_sizes(question), question.traffic
+    traffic = replace(traffic, limits=replace(traffic.limits, total_tokens=engine.max_model_len))
+    if question.max_model_len is not None:
+        return engine, traffic
+    prompts, answers = traffic.lengths()
+    longest = int((prompts + answers).max())
+    fitting = replace(traffic, limits=replace(traffic.limits, total_tokens=longest))
+    return replace(engine, max_model_len=longest), fitting
 
 
 def engine_sizes(question: Question) -> Engine:
