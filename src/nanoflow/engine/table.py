@@ -23,6 +23,8 @@ MAX_TOP_K = 2**31 - 1
 
 
 class SlotState(IntEnum):
+    """What the request in a slot is doing."""
+
     FREE = 0
     LOADING = 1  # holds pages that are on their way from a lower tier
     PREFILL = 2  # tokens known to the host are still being appended to the KV cache

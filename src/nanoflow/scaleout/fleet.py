@@ -68,10 +68,6 @@ class Fleet:
         """Whether no replica is ready and none will be."""
         return all(member.state in ("failed", "stopped") for member in self.members)
 
-    @property
-    def n_parked(self) -> int:
-        return len(self._parked)
-
     # --- requests ---
 
     def add(self, stream: RoutedStream) -> None:
