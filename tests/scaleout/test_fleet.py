@@ -73,6 +73,19 @@ async def test_a_killed_replicas_requests_go_on_at_another() -> None:
         assert engine.stats().replicas[0].restarts == 1
 
 
+async def test_a_new_replica_takes_its_part_of_what_waits() -> None:
+    with local_fleet(lambda: FakeEngine(delay_s=0.4)) as fleet:
+        engine = fleet.engine
+        answers = [asyncio.create_task(text_of(engine, f"{i}", 2)) for i in range(20)]
+        await asyncio.to_thread(wait_until, lambda: fleet.placed() == {0: 10, 1: 10})
+        fleet.lose(0)
+        assert await asyncio.gather(*answers) == [answer(2)] * 20
+        moved = fleet.placed()[0]
+        assert fleet.launcher.starts == 3 and 5 <= moved <= 10
+        busy = fleet.launcher.links[1].engine
+        assert busy is not None and busy.finished["abort"] == moved
+
+
 async def test_requests_wait_while_no_replica_is_ready() -> None:
     with local_fleet(lambda: FakeEngine(delay_s=0.01)) as fleet:
         engine = fleet.engine

@@ -7,7 +7,6 @@ event loop of its own; readers are served in theirs.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
 import threading
 import time
@@ -47,7 +46,6 @@ class ReplicatedEngine:
     def __init__(self, launcher: Launcher, config: ScaleoutConfig, tokenizer: Tokenizer) -> None:
         self._launcher = launcher
         self._tokenizer = tokenizer
-        self._keys = itertools.count()
         self._draining = self._closed = False
         self._counting = threading.Lock()
         self._n_given = 0
@@ -124,7 +122,7 @@ class ReplicatedEngine:
         self._count(params.n)
         if params.seed is None:  # so that a second replica would give the same answer
             params = replace(params, seed=secrets.randbits(63))
-        order = Order(next(self._keys), request_id or uuid4().hex, ids, params, whole, cache_salt)
+        order = Order(next(self._fleet.keys), request_id or uuid4().hex, ids, params, whole, cache_salt)
         stream = RoutedStream(order, asyncio.get_running_loop(), self._abort)
         self._soon(self._fleet.add, stream)
         return stream

@@ -7,8 +7,10 @@ parked until one is ready; one whose replica is lost is computed again elsewhere
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from nanoflow.core.log import get_logger
 from nanoflow.core.request import FinishReason, OutputDelta
@@ -33,6 +35,7 @@ class Fleet:
 
     def __init__(self, launcher: Launcher, config: ScaleoutConfig) -> None:
         self.members = [Member(slot, launcher, config, self) for slot in range(config.replicas)]
+        self.keys = itertools.count()
         self.streams: dict[int, RoutedStream] = {}
         self.n_ended = 0  # choices of all requests so far
         self.ended: Counter[str] = Counter()  # choices that ended while no replica had them, by reason
@@ -105,9 +108,13 @@ class Fleet:
         matched = self._prefixes.matched_tokens(names)
         slot = choose({member.slot: member.outstanding_tokens for member in ready}, matched)
         self._prefixes.note(names, slot)
-        member = self.members[slot]
-        stream.slot, stream.attempts = slot, stream.attempts + 1
-        stream.owed_prompt_tokens = len(order.prompt_token_ids) - matched.get(slot, 0)
+        self._give(stream, self.members[slot], len(order.prompt_token_ids) - matched.get(slot, 0))
+
+    def _give(self, stream: RoutedStream, member: Member, prompt_tokens: int) -> None:
+        """Let a replica compute a request, so many of whose prompt tokens it has not seen."""
+        order = stream.order
+        stream.slot, stream.attempts = member.slot, stream.attempts + 1
+        stream.owed_prompt_tokens = prompt_tokens
         stream.owed_tokens = stream.owed_prompt_tokens + expected_output_tokens(order.params)
         member.outstanding_tokens += stream.owed_tokens
         member.keys.add(order.key)
@@ -128,6 +135,27 @@ class Fleet:
             self.members[stream.slot].keys.discard(stream.order.key)
             stream.slot = None
 
+    def _begin_anew(self, stream: RoutedStream) -> None:
+        """Make ready for another computation. It gets a key of its own: what the one before made comes too late."""
+        del self.streams[stream.order.key]
+        stream.order = replace(stream.order, key=next(self.keys))
+        self.streams[stream.order.key] = stream
+        stream.replay.restart()
+
+    def _relieve(self, idle: Member) -> None:
+        """Move requests that show nothing yet from busier replicas to one that has just come, the newest first."""
+        for stream in list(reversed(self.streams.values())):
+            busy = None if stream.slot is None else self.members[stream.slot]
+            if busy is None or not stream.owed_prompt_tokens:
+                continue
+            n_prompt = len(stream.order.prompt_token_ids)
+            if busy.outstanding_tokens - idle.outstanding_tokens > 2 * (stream.owed_tokens + n_prompt):
+                busy.abort([stream.order.key])
+                self._leave(stream)
+                self._begin_anew(stream)
+                stream.attempts -= 1
+                self._give(stream, idle, n_prompt)
+
     def _end(self, stream: RoutedStream, reason: FinishReason, why: str | None) -> None:
         """End what is open of a request without its replica's word."""
         ends = [OutputDelta(stream.request_id, index, finish_reason=reason, error=why) for index in stream.replay.open]
@@ -146,7 +174,7 @@ class Fleet:
     # --- what members tell ---
 
     def on_ready(self, member: Member) -> None:
-        """A replica can work: parked requests go."""
+        """A replica can work: it gets what is parked, and its part of what others have not begun."""
         assert member.info is not None
         if self._prefixes is None:
             pages = max(1, member.stats.kv_pages_total)
@@ -155,6 +183,7 @@ class Fleet:
         parked, self._parked = self._parked, deque()
         for stream in parked:
             self._place(stream)
+        self._relieve(member)
 
     def on_taken(self, member: Member, taken: Taken) -> None:
         """Deltas of a replica's requests: pass on what is new."""
@@ -194,7 +223,7 @@ class Fleet:
             if stream.attempts >= MAX_ATTEMPTS:
                 self._end(stream, "error", f"{stream.attempts} replicas were lost while they computed it")
             else:
-                stream.replay.restart()
+                self._begin_anew(stream)
                 self._place(stream)
         if self.hopeless:
             self.end_all("error", "every replica has failed")

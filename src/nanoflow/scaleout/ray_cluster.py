@@ -27,9 +27,13 @@ _OBJECT_STORE_BYTES = 80 << 20
 
 
 def import_ray() -> Any:
-    """Ray, without usage reports unless the user's environment asks for them. Raises `ConfigError` if not installed."""
+    """Ray, without usage reports unless the user's environment asks for them. Raises `ConfigError` if not installed.
+
+    Ray prints what it thinks of a lost process to stdout, whatever `init` is told; our log has it, and stdout is ours.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError:
