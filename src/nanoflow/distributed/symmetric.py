@@ -51,7 +51,9 @@ class SymmetricMemory:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, groups: Collection[Group]) -> Tensor:
         """A buffer that collectives of `groups` can work on in place. Every rank must call it alike."""
-        buffer: Tensor = self._module.empty(shape, dtype=dtype, device=self._device)
+        strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+        # An allocation of its own: a place in a pool would not begin where handles count from.
+        buffer: Tensor = self._module._SymmetricMemory.empty_strided_p2p(shape, strides, dtype, self._device)
         for group in groups:
             self._module.rendezvous(buffer, group.handle)
         self._shared.append((buffer.data_ptr(), buffer.data_ptr() + buffer.numel() * buffer.element_size()))

@@ -44,6 +44,9 @@ _EXPLAIN_S = 5.0
 
 _STOP_S = 3.0
 
+_HUNG_S = 600.0
+"""An iteration that takes longer will never end: some rank hangs without having died."""
+
 
 @dataclass(frozen=True)
 class RankJob:
@@ -170,11 +173,14 @@ class RankGroup:
             reason = str(worker.pipe.recv())
         except (EOFError, OSError):
             reason = _how_it_ended(worker.process)
-        if self._closing:
-            return
-        self.failure = RankFailedError(
-            f"rank {worker.rank} of the model (process {worker.process.pid}) {reason}; all ranks were stopped."
-        )
+        self.give_up(f"rank {worker.rank} of the model (process {worker.process.pid}) {reason}")
+
+    def give_up(self, reason: str) -> None:
+        """End all ranks, once: what waits for the group now, or asks it later, gets a `RankFailedError`."""
+        with self._lock:
+            if self._closing or self.failure is not None:
+                return
+            self.failure = RankFailedError(f"{reason}; all ranks were stopped.")
         _log.error("%s", self.failure)
         self._kill()
         self._failed.set()
@@ -224,7 +230,10 @@ class Pending:
 
     def result(self) -> BatchResult:
         """Wait for the iteration and return its tokens. Raises `RankFailedError`, or rank 0's own error."""
+        deadline = time.monotonic() + _HUNG_S
         while not self._inner.wait(_LOOK_S):
+            if time.monotonic() > deadline:
+                self._group.give_up(f"an iteration has not ended for {_HUNG_S:.0f} s")
             self._group.check()
         try:
             found: BatchResult = self._inner.result()

@@ -1,0 +1,238 @@
+"""Collectives between GPUs of one host, by every implementation: alone, and beside a matrix product.
+
+    PYTHONPATH=src python benchmarks/collectives_cuda.py [--ranks 2] [--sizes 0.5 1 2 … 64] [--json out.json]
+
+It starts its own ranks. A time is the mean of one call in a recording of several, the slowest rank's, median of some
+replays. Beside a product, two numbers say how well the two share the GPU (1: not disturbed at all): `P coll` is the
+collective's time alone over its time beside the product, `P gemm` the product's speed while a collective runs, over its
+speed alone. Every result is checked once against sums that can be computed without communication.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanoflow.distributed.collectives import LIBRARY, Collectives
+from nanoflow.distributed.group import Groups, open_groups
+from nanoflow.distributed.symmetric import open_symmetric
+
+BF16 = torch.bfloat16
+WIDTH = 8192
+"""Columns of a message: the model dim of Llama-3-70B. 2048 rows of it are 32 MiB."""
+
+CALLS = 10
+REPLAYS = 9
+GEMM = (2048, 8192, 7168)
+"""Tokens, outputs and inputs of the product beside: a down projection of Llama-3-70B on four ranks."""
+
+REDUCERS = (LIBRARY, "one_shot", "two_shot")
+GATHERERS = (LIBRARY, "copy_engine")
+
+
+@dataclass
+class Row:
+    """One measurement. `wire_gb_per_s` is what each GPU sends a second, as a ring would."""
+
+    collective: str
+    implementation: str
+    mebibytes: float
+    us: float
+    wire_gb_per_s: float
+    beside_us: float
+    p_collective: float
+    p_gemm: float
+
+
+class Bench:
+    """One rank's streams, buffers and timers."""
+
+    def __init__(self, groups: Groups, device: torch.device, largest: int) -> None:
+        self.groups = groups
+        self.device = device
+        self.network = torch.cuda.Stream(device, priority=-1)
+        self.compute = torch.cuda.Stream(device)
+        names = [name for name in {*REDUCERS, *GATHERERS} if name != LIBRARY]
+        lanes, allocate = open_symmetric(groups, device, names, scratch_bytes=largest)
+        self.collectives: dict[str, Collectives] = {name: lanes.at(0, name) for name in (LIBRARY, *names)}
+        self.x = allocate((largest // 2,), BF16)
+        self.out = torch.empty(groups.size * largest // 2, dtype=BF16, device=device)
+        n_tokens, n_out, n_in = GEMM
+        self.a = torch.randn(n_tokens, n_in, device=device).to(BF16)
+        self.w = torch.randn(n_out, n_in, device=device).to(BF16)
+        self.c = torch.empty(n_tokens, n_out, dtype=BF16, device=device)
+        self.gemms = self.captured(lambda: torch.mm(self.a, self.w.t(), out=self.c), self.compute, CALLS)
+        self.gemm_us = self.alone_us(self.gemms, self.compute) / CALLS
+
+    def together(self) -> None:
+        """All ranks are here, and their GPUs idle."""
+        torch.cuda.synchronize(self.device)
+        self.groups.smallest(0)
+
+    def slowest(self, us: float) -> float:
+        """The largest value of all ranks (whole nanoseconds)."""
+        return -self.groups.smallest(-round(us * 1000)) / 1000
+
+    def captured(self, call: Callable[[], object], stream: torch.cuda.Stream, n: int) -> torch.cuda.CUDAGraph:
+        """A recording of `n` calls on `stream`, after a few that are not recorded."""
+        self.together()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        self.together()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(n):
+                call()
+        self.together()
+        return graph
+
+    def alone_us(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
+        """Microseconds of a replay: median, slowest rank."""
+        times = []
+        for _ in range(REPLAYS):
+            self.together()
+            times.append(self.slowest(_timed(graph, stream, 1)()))
+        return statistics.median(times)
+
+    def beside_us(self, graph: torch.cuda.CUDAGraph, alone_us: float) -> tuple[float, float]:
+        """(a replay's time while products run all along, what those products take in all)."""
+        n_gemms = max(2, round(3 * alone_us / (self.gemm_us * CALLS)) + 1)
+        times, wholes = [], []
+        for _ in range(REPLAYS):
+            self.together()
+            whole = _timed(self.gemms, self.compute, n_gemms)
+            mine = _timed(graph, self.network, 1)
+            times.append(self.slowest(mine()))
+            wholes.append(self.slowest(whole()) - n_gemms * CALLS * self.gemm_us)
+        return statistics.median(times), max(0.0, statistics.median(wholes))
+
+    def measure(self, kind: str, name: str, n_bytes: int) -> Row:
+        """One collective of messages of `n_bytes` by implementation `name`."""
+        collectives, ranks = self.collectives[name], self.groups.size
+        message = self.x[: n_bytes // 2].view(-1, WIDTH)
+        whole = self.out[: ranks * n_bytes // 2].view(ranks, -1, WIDTH)
+        self._check(kind, collectives, message, whole)
+        message.zero_()
+
+        def call() -> None:
+            if kind == "all_reduce":
+                collectives.all_reduce(message)
+            else:
+                collectives.all_gather(message, whole)
+
+        graph = self.captured(call, self.network, CALLS)
+        alone = self.alone_us(graph, self.network)
+        beside, lost = self.beside_us(graph, alone)
+        wire = n_bytes * (ranks - 1) * (2 / ranks if kind == "all_reduce" else 1)
+        return Row(
+            collective=kind,
+            implementation=name,
+            mebibytes=n_bytes / 2**20,
+            us=alone / CALLS,
+            wire_gb_per_s=wire / (alone / CALLS) / 1e3,
+            beside_us=beside / CALLS,
+            p_collective=alone / beside,
+            p_gemm=max(0.0, 1.0 - lost / beside),
+        )
+
+    def _check(self, kind: str, collectives: Collectives, message: Tensor, whole: Tensor) -> None:
+        rank, ranks = self.groups.rank, self.groups.size
+        pattern = (torch.arange(message.numel(), device=self.device) % 7).view_as(message).to(BF16)
+        self.together()
+        with torch.cuda.stream(self.network):
+            message.copy_(pattern * (rank + 1))
+            if kind == "all_reduce":
+                collectives.all_reduce(message)
+                right = torch.equal(message, pattern * (ranks * (ranks + 1) // 2))
+            else:
+                collectives.all_gather(message, whole)
+                right = all(torch.equal(whole[other], pattern * (other + 1)) for other in range(ranks))
+        self.together()
+        assert right, f"{kind} by {collectives.name} gives wrong numbers"
+
+
+def _timed(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, n: int) -> Callable[[], float]:
+    """Start `n` replays; the result waits for them and gives their microseconds."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        start.record()
+        for _ in range(n):
+            graph.replay()
+        end.record()
+
+    def us() -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1000
+
+    return us
+
+
+def run_rank(rank: int, args: argparse.Namespace, meeting_place: str) -> None:
+    """Everything that rank `rank` does; rank 0 prints."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    groups = open_groups(Path(meeting_place), rank, args.ranks, device, [0])
+    sizes = [round(mebibytes * 2**20) // (2 * WIDTH) * 2 * WIDTH for mebibytes in args.sizes]
+    bench = Bench(groups, device, max(sizes))
+    rows = []
+    if rank == 0:
+        tflops = 2e-6 * GEMM[0] * GEMM[1] * GEMM[2] / bench.gemm_us
+        print(f"{args.ranks} × {torch.cuda.get_device_name(device)}, torch {torch.__version__}")
+        print(f"product beside: {GEMM[0]}×{GEMM[1]}×{GEMM[2]} bf16, {bench.gemm_us:.0f} us, {tflops:.0f} TFLOP/s")
+        print("collective  implementation      MiB        us   GB/s a GPU  beside us  P coll  P gemm", flush=True)
+    for kind, names in (("all_reduce", REDUCERS), ("all_gather", GATHERERS)):
+        for n_bytes in sizes:
+            for name in names:
+                row = bench.measure(kind, name, n_bytes)
+                rows.append(row)
+                if rank == 0:
+                    print(
+                        f"{kind:11} {name:14} {row.mebibytes:8.1f} {row.us:9.1f} {row.wire_gb_per_s:12.0f} "
+                        f"{row.beside_us:10.1f} {row.p_collective:7.2f} {row.p_gemm:7.2f}",
+                        flush=True,
+                    )
+    if rank == 0 and args.json:
+        about = {"device": torch.cuda.get_device_name(device), "ranks": args.ranks, "torch": torch.__version__}
+        Path(args.json).write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    bench.together()
+    groups.abort()
+
+
+def main() -> None:
+    """Start the ranks and wait for them; if one fails, end the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 1, 2, 4, 8, 16, 32, 64], metavar="MIB")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=run_rank, args=(rank, args, str(Path(folder) / "store")), daemon=True)
+            for rank in range(args.ranks)
+        ]
+        for process in ranks:
+            process.start()
+        while any(process.is_alive() for process in ranks):
+            if any(process.exitcode for process in ranks):
+                for process in ranks:
+                    process.kill()
+                raise SystemExit("a rank has failed; its error is above.")
+            time.sleep(0.1)
+        if any(process.exitcode for process in ranks):
+            raise SystemExit("a rank has failed; its error is above.")
+
+
+if __name__ == "__main__":
+    main()
