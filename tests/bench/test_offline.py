@@ -10,7 +10,6 @@ from typing import cast
 import numpy as np
 import pytest
 
-from nanoflow.bench.bounds import preset_of
 from nanoflow.bench.offline import OfflineOptions, run_offline
 from nanoflow.bench.result import BenchKind, parse_result
 from nanoflow.bench.session import KEPT_PLANS, IterationLog
@@ -20,6 +19,7 @@ from nanoflow.cli.main import main
 from nanoflow.core.batch import BatchPlan
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
+from nanoflow.core.hardware_presets import preset_of
 
 
 def test_an_offline_run_accounts_for_every_token(config: EngineConfig) -> None:

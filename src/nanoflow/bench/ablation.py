@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.bench import environment
-from nanoflow.bench.bounds import rates_of
 from nanoflow.bench.engines import built
 from nanoflow.bench.multiround import NO_CACHE
 from nanoflow.bench.numbers import over_runs, ratio_to
@@ -113,7 +112,7 @@ def _on_one_engine(
     with built(config, show_progress=show_progress) as engine:
         for requests in workloads:
             check_fits(engine, requests)
-        rates = rates_of(engine)
+        rates = engine.rates
         variants = variants_for(engine, overlap)
         ready: list[Ready] = []
         try:
@@ -266,7 +265,7 @@ def compare_options(
 
     def run(name: str, seed: int) -> None:
         with built(configs[name]) as engine:
-            rates = rates_of(engine)
+            rates = engine.rates
             warm_up(engine, requests, options.warmup)
             record = run_sequences(engine, make_sequences(engine, requests, seed), listeners.of(name))
             listeners.end(name, record)

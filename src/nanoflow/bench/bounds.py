@@ -1,49 +1,23 @@
 """What a run could have reached at best: its own work, and its workload's steady state, over this machine's rates.
 
-Rates are measured (`profiling.machine`). Where the card is one of the presets, whose energies were measured, the power
-floor comes with them. Two bounds are given, since each answers a question that the other cannot: the first judges the
-kernels and the loop for the batches that there were, the second also judges how well the batches were filled.
+Rates are measured (`engine.build.Engine.rates`). Two bounds are given, since each answers a question that the other
+cannot: the first judges the kernels and the loop for the batches that there were, the second also judges how well the
+batches were filled.
 """
 
 from __future__ import annotations
-
-import re
-from dataclasses import replace
 
 from nanoflow.analysis.bound import Floors, floors_of_run
 from nanoflow.analysis.lengths import Lengths
 from nanoflow.analysis.serving import Group, analyse
 from nanoflow.bench.result import Bound
 from nanoflow.core.errors import ConfigError
-from nanoflow.core.hardware import HardwareSpec, MachineRates
-from nanoflow.core.hardware_presets import HARDWARE
+from nanoflow.core.hardware import MachineRates
 from nanoflow.core.model_spec import DTYPE_BYTES
 from nanoflow.core.stats import WorkDone
 from nanoflow.engine.build import Engine
 
 DONE, STEADY = "work done", "steady state of the workload"
-
-
-def preset_of(device_name: str) -> HardwareSpec | None:
-    """The preset of a card that calls itself `device_name`: `NVIDIA H200` → h200; None if none surely fits."""
-    words = re.findall(r"[a-z0-9]+", device_name.lower())
-    for spec in HARDWARE.values():
-        first, *others = spec.name.split("-")
-        if first in words and all(any(word.startswith(part) for word in words) for part in others):
-            return None if "nvl" in words and "nvl" not in others else spec
-    return None
-
-
-def rates_of(engine: Engine) -> MachineRates:
-    """Measured rates of the engine's device (kept after the first time), with its preset's energies if it has one."""
-    rates = engine.rates
-    preset = preset_of(engine.device.name) if engine.device.kind == "cuda" else None
-    if preset is None or rates.power_budget_w is not None or rates.dtype not in preset.peak_flops:
-        return rates
-    known = preset.rates(rates.dtype)
-    return replace(
-        rates, power_budget_w=known.power_budget_w, pj_per_flop=known.pj_per_flop, pj_per_byte=known.pj_per_byte
-    )
 
 
 def bounds_of_run(

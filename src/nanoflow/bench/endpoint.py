@@ -42,7 +42,11 @@ class Endpoint:
         connector = http.TCPConnector(limit=0)
         self._session = http.ClientSession(headers=self._headers, timeout=timeout, connector=connector)
         if self.model is None:
-            self.model = await self._first_model()
+            try:
+                self.model = await self._first_model()
+            except BaseException:
+                await self._session.close()
+                raise
         return self
 
     async def __aexit__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanoflow.bench import environment
-from nanoflow.bench.bounds import bound_of_work, rates_of
+from nanoflow.bench.bounds import bound_of_work
 from nanoflow.bench.conversations import ConversationSet, choose_conversations
 from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import energy_of, latency_numbers, over_runs
@@ -72,7 +72,7 @@ def run_multiround(
         """On an engine that is gone before the next one is built."""
         chosen = config if variant == REUSE else config.with_options("cache", **NO_CACHE)
         with built(chosen, show_progress=show_progress) as engine:
-            rates = rates_of(engine)
+            rates = engine.rates
             found = found or _find(engine, rates, name, trace, options)
             talk = Conversing(engine, found.talks, seed=seed, concurrent=options.concurrent, think_s=options.think_s)
             return _run(rates, talk.run(_telling(variant, on_progress)), found.talks, seed), found

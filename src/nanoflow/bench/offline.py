@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanoflow.bench import environment
-from nanoflow.bench.bounds import bounds_of_run, rates_of
+from nanoflow.bench.bounds import bounds_of_run
 from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import energy_of, over_runs, throughput_numbers
 from nanoflow.bench.optimes import trace_plans, tracing
@@ -82,7 +82,7 @@ def run_offline(
     with built(config, show_progress=show_progress) as engine:
         for requests in workloads:
             check_fits(engine, requests)
-        rates = rates_of(engine)
+        rates = engine.rates
         return [measure_offline(engine, rates, requests, options, command, listeners) for requests in workloads]
 
 

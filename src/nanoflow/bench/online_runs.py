@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import replace
 
 from nanoflow.bench import environment
-from nanoflow.bench.bounds import rates_of
 from nanoflow.bench.endpoint import Endpoint
 from nanoflow.bench.inprocess import InProcess
 from nanoflow.bench.load import OK, OnProgress, client_numbers, prepare_all, run_load
@@ -39,7 +38,7 @@ def online_in_process(
             return await measure_overhead(over_http=False), await sweep.run()
 
         overhead, highest = asyncio.run(measure())
-        rates = rates_of(engine)
+        rates = engine.rates
         result = _result(sweep, options, highest, overhead, environment.model_info(engine), started_at, command)
         return replace(
             result,

@@ -7,9 +7,11 @@ ways together; `link_bytes_per_s` is half of that. Memory sizes are decimal, as 
 from __future__ import annotations
 
 import difflib
+import re
+from dataclasses import replace
 
 from nanoflow.core.errors import ConfigError
-from nanoflow.core.hardware import HardwareSpec
+from nanoflow.core.hardware import HardwareSpec, MachineRates
 
 GB = 1e9
 TFLOPS = 1e12
@@ -183,3 +185,24 @@ def find_hardware(name: str) -> HardwareSpec:
     near = begun or difflib.get_close_matches(wanted, HARDWARE, n=1)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(HARDWARE)}."
     raise ConfigError(f"unknown hardware {name!r}; {hint}")
+
+
+def preset_of(device_name: str) -> HardwareSpec | None:
+    """The preset of a card that calls itself `device_name`: `NVIDIA H200` → h200; None if none surely fits."""
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    for spec in HARDWARE.values():
+        first, *others = spec.name.split("-")
+        if first in words and all(any(word.startswith(part) for word in words) for part in others):
+            return None if "nvl" in words and "nvl" not in others else spec
+    return None
+
+
+def with_known_energies(rates: MachineRates, device_name: str) -> MachineRates:
+    """`rates` with the energies and the power budget of the card's preset, where there is one that has them."""
+    preset = preset_of(device_name)
+    if preset is None or rates.power_budget_w is not None or rates.dtype not in preset.peak_flops:
+        return rates
+    known = preset.rates(rates.dtype)
+    return replace(
+        rates, power_budget_w=known.power_budget_w, pj_per_flop=known.pj_per_flop, pj_per_byte=known.pj_per_byte
+    )

@@ -12,6 +12,7 @@ from nanoflow.analysis.work import WorkCounter, iteration_work
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
+from nanoflow.core.hardware_presets import with_known_energies
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.stats import WorkDone
@@ -52,12 +53,23 @@ class Engine:
 
     @cached_property
     def rates(self) -> MachineRates:
-        """How fast this machine is: from the user's cache, else measured now (a few seconds)."""
+        """How fast this machine is: from the user's cache, else measured now (a few seconds).
+
+        Where the card is one of the presets, whose energies were measured, the power floor comes with them.
+        """
         rates = measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
+        if self.device.kind == "cuda":
+            rates = with_known_energies(rates, self.device.name)
         cards = self.config.device.tensor_parallel_size if self.device.kind == "cuda" else 1
         if cards == 1:
             return rates
-        return replace(rates, flops_per_s=cards * rates.flops_per_s, mem_bytes_per_s=cards * rates.mem_bytes_per_s)
+        budget = None if rates.power_budget_w is None else cards * rates.power_budget_w
+        return replace(
+            rates,
+            flops_per_s=cards * rates.flops_per_s,
+            mem_bytes_per_s=cards * rates.mem_bytes_per_s,
+            power_budget_w=budget,
+        )
 
     @property
     def failed(self) -> bool:
