@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import replace
 
 import pytest
@@ -133,13 +134,15 @@ def test_an_engine_of_this_process_completes_a_sweep(config: EngineConfig) -> No
     assert result.seeds == (1, 2)
 
 
-def test_an_endpoint_that_is_not_there_is_an_error_with_the_fix() -> None:
+def test_an_endpoint_that_is_not_there_is_an_error_with_the_fix(caplog: pytest.LogCaptureFixture) -> None:
     async def enter() -> None:
         async with Endpoint("http://127.0.0.1:9"):
             pass
 
     with pytest.raises(ConfigError, match="check --url"):
         asyncio.run(enter())
+    gc.collect()
+    assert "Unclosed" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def test_changed_source_rebuilds(small_gguf: Path, write_gguf: Any, tmp_path: Pa
     tensors = {"token_embd.weight": (np.zeros((64, 32)), "Q8_0")}
     write_gguf(small_gguf, "llama", {"general.note": "new"}, tensors)
     assert smollm2.open_smollm2(small_gguf).names() == ["model.embed_tokens.weight"]
+
+
+def test_the_same_source_in_another_environment_uses_the_cache(small_gguf: Path, tmp_path: Path) -> None:
+    smollm2.open_smollm2(small_gguf)
+    made = smollm2.cache_file().stat().st_mtime_ns
+    other = tmp_path / "other" / small_gguf.name
+    other.parent.mkdir()
+    other.write_bytes(small_gguf.read_bytes())
+    os.utime(other, (1, 1))
+    smollm2.open_smollm2(other)
+    assert smollm2.cache_file().stat().st_mtime_ns == made
 
 
 def test_unwritable_cache_falls_back_to_the_source(

