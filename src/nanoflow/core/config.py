@@ -112,12 +112,15 @@ class DeviceConfig:
     threads: int | None = _doc("CPU threads for computing", default=None)
     kernels: str = _doc("kernel backend; `auto` takes the fastest one that works here", default="auto")
     tensor_parallel_size: int = _doc("devices (on a CPU: processes) that share the model; also `--tp`", default=1)
+    expert_parallel: bool = _doc("ranks hold whole experts instead of a part of each", default=False)
 
     def __post_init__(self) -> None:
         _choice("device", self.device, DEVICES)
         _choice("kernels", self.kernels, KERNELS)
         _at_least("threads", self.threads, 1)
         _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
+        if self.expert_parallel and self.tensor_parallel_size == 1:
+            raise ConfigError("expert_parallel needs several ranks; give tensor_parallel_size, or drop it.")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Which part of a model each tensor-parallel rank holds: arithmetic on a `ModelSpec`, no tensors.
 
 The rules are Megatron's (arXiv 1909.08053): QKV and gate-up are split by output columns, O and down by input columns,
-embedding and LM head by vocabulary; experts are split by width, like the plain feed-forward. Nothing needs to divide
-evenly: earlier ranks take one unit more. Where ranks exceed the KV heads, several ranks hold a copy of one.
+embedding and LM head by vocabulary; experts are split by width, like the plain feed-forward, or with expert parallelism
+by number. Nothing needs to divide evenly: earlier ranks take one unit more. Where ranks exceed the KV heads, several
+ranks hold a copy of one.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Shard:
     heads: Span
     kv_heads: Span
     ff: Span
+    experts: Span | None  # held experts, and which of their columns; None: a model without
     expert_ff: Span | None
     vocab: Span
     columns: Span  # of the model dim: the output columns of the O projection in its column form
@@ -79,13 +81,27 @@ class Shard:
         return self.rank == 0
 
 
-def shard_of(spec: ModelSpec, rank: int, ranks: int) -> Shard:
-    """The part of `spec` that rank `rank` of `ranks` holds. Raises `ConfigError` if there are too many ranks."""
+def shard_of(spec: ModelSpec, rank: int, ranks: int, *, expert_parallel: bool = False) -> Shard:
+    """The part of `spec` that rank `rank` of `ranks` holds; with `expert_parallel` whole experts.
+
+    Raises `ConfigError` if there are too many ranks, or no experts to share out.
+    """
     most = min(spec.n_heads, spec.d_ff, spec.d_model, spec.vocab_size)
+    held = expert_ff = None
+    if spec.experts is not None:
+        n_experts, width = spec.experts.n_experts, spec.experts.d_ff
+        most = min(most, n_experts if expert_parallel else width)
+        held, expert_ff = Span(0, n_experts), Span(0, width)
+    elif expert_parallel:
+        raise ConfigError(f"expert_parallel is on, but {spec.name} has no experts; drop it.")
     if ranks > most:
         raise ConfigError(
             f"tensor_parallel_size is {ranks}, but {spec.name} can be split into {most} parts at most; lower it."
         )
+    if spec.experts is not None and expert_parallel:
+        held = partition(spec.experts.n_experts, ranks)[rank]
+    elif spec.experts is not None:
+        expert_ff = _widths(spec.experts.d_ff, ranks)[rank]
     heads = _heads(spec, ranks)
     vocab, columns = partition(spec.vocab_size, ranks), partition(spec.d_model, ranks)
     return Shard(
@@ -95,7 +111,8 @@ def shard_of(spec: ModelSpec, rank: int, ranks: int) -> Shard:
         heads=heads[rank][0],
         kv_heads=heads[rank][1],
         ff=_widths(spec.d_ff, ranks)[rank],
-        expert_ff=None if spec.experts is None else _widths(spec.experts.d_ff, ranks)[rank],
+        experts=held,
+        expert_ff=expert_ff,
         vocab=vocab[rank],
         columns=columns[rank],
         widest_heads=max(len(own) for own, _ in heads),

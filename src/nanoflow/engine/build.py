@@ -168,7 +168,8 @@ def _gather_ranks(
     config: EngineConfig, files: ModelFiles, device: Device, pipeline: Pipeline
 ) -> tuple[RankGroup, Rank]:
     """Start the other ranks and meet them."""
-    shard_of(files.spec, 0, config.device.tensor_parallel_size)  # refuses too many ranks before any is started
+    ranks, by_expert = config.device.tensor_parallel_size, config.device.expert_parallel
+    shard_of(files.spec, 0, ranks, expert_parallel=by_expert)  # refuses too many ranks before any is started
     group = RankGroup(config, pipeline)
     try:
         rank = group.while_it_lives(lambda: join(config, files, device, pipeline, group.meeting_place, 0))

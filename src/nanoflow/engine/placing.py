@@ -54,7 +54,7 @@ def join(
     numbers = {lane.name: number for number, lane in enumerate(pipeline.lanes)}
     network = [nano for nano in pipeline.nano_ops if RESOURCE[nano.op] is Resource.NETWORK]
     lanes = sorted({HEAD_LANE, *(numbers[nano.lane] for nano in network)})
-    shard = shard_of(files.spec, rank, size)
+    shard = shard_of(files.spec, rank, size, expert_parallel=config.device.expert_parallel)
     groups = open_groups(meeting_place, rank, size, device.torch_device, lanes)
     collectives, allocate = open_collectives(groups, device.torch_device, {nano.variant for nano in network})
     return Rank(shard, groups, collectives, allocate)

@@ -36,13 +36,17 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Experts of one layer: per expert the fused gate-up (2f, d) and the down (d, f) projection; the router (x, d)."""
+    """Experts of one layer: per expert the fused gate-up (2f, d) and the down (d, f) projection; the router (x, d).
+
+    The router knows all experts; held are those from number `first` on, and what others would add is left out.
+    """
 
     router: LinearWeight
     gate_up: tuple[LinearWeight, ...]
     down: tuple[LinearWeight, ...]
     n_active: int
     normalise: bool
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -175,9 +175,12 @@ class ReferenceKernels:
         if weights.normalise:
             scores = scores / scores.sum(dim=-1, keepdim=True)
         total = out_td.float()
+        held = range(weights.first, weights.first + len(weights.gate_up))
         for expert in chosen.unique().tolist():
+            if expert not in held:
+                continue
             tokens, rank = torch.where(chosen == expert)
-            gate_up_weight, down_weight = weights.gate_up[expert], weights.down[expert]
+            gate_up_weight, down_weight = weights.gate_up[expert - held.start], weights.down[expert - held.start]
             gate_up = x_td.new_empty(len(tokens), gate_up_weight.n)
             self.linear(x_td[tokens], gate_up_weight, gate_up)
             activated = x_td.new_empty(len(tokens), gate_up_weight.n // 2)

@@ -165,10 +165,10 @@ def _load_layer(shard: Shard, reader: _Reader, number: int, ops: Collection[Op])
 
 
 def _load_experts(shard: Shard, reader: _Reader, base: str) -> ExpertWeights:
-    spec, own = shard.whole, shard.expert_ff
-    assert spec.experts is not None and own is not None
+    spec, own, held = shard.whole, shard.expert_ff, shard.experts
+    assert spec.experts is not None and own is not None and held is not None
     width, n_experts, d = spec.experts.d_ff, spec.experts.n_experts, spec.d_model
-    names = [f"{base}.experts.{number}" for number in range(n_experts)]
+    names = [f"{base}.experts.{number}" for number in range(held.start, held.stop)]
     gate_up = (
         reader.fused([_Part(f"{name}.{half}_proj.weight", (width, d), rows=own) for half in ("gate", "up")])
         for name in names
@@ -176,8 +176,9 @@ def _load_experts(shard: Shard, reader: _Reader, base: str) -> ExpertWeights:
     down = (reader.fused([_Part(f"{name}.down_proj.weight", (d, width), cols=own)]) for name in names)
     return ExpertWeights(
         router=reader.linear([_Part(f"{base}.gate.weight", (n_experts, d))]),
-        gate_up=reader.kernels.expert_weights(gate_up, n_experts, gate_up=True),
-        down=reader.kernels.expert_weights(down, n_experts, gate_up=False),
+        gate_up=reader.kernels.expert_weights(gate_up, len(held), gate_up=True),
+        down=reader.kernels.expert_weights(down, len(held), gate_up=False),
         n_active=spec.experts.n_active,
         normalise=spec.experts.normalise,
+        first=held.start,
     )

@@ -174,8 +174,9 @@ def check_experts(
     *,
     normalise: bool,
     bound: float | None = None,
+    held: range | None = None,
 ) -> None:
-    """`sizes`: tokens, model width, feed-forward width, experts, active experts."""
+    """`sizes`: tokens, model width, feed-forward width, experts, active experts. `held`: those of this rank."""
     n_tokens, width, hidden, n_experts, n_active = sizes
 
     def weight(n: int, k: int) -> Tensor:
@@ -185,6 +186,9 @@ def check_experts(
     router[: n_experts // 4] = 0.0  # some experts that few tokens choose
     gate_up = [weight(2 * hidden, width) for _ in range(n_experts)]
     down = [weight(width, hidden) for _ in range(n_experts)]
+    held = held or range(n_experts)
+    for absent in set(range(n_experts)) - set(held):
+        down[absent].zero_()
     x, out = random(n_tokens, width, dtype, device), random(n_tokens, width, dtype, device)
     expected, again = out.float().clone(), out.clone()
     wide = ExpertWeights(
@@ -196,10 +200,11 @@ def check_experts(
     )
     ours = ExpertWeights(
         kernels.linear_weight(router.clone()),
-        kernels.expert_weights((w.clone() for w in gate_up), n_experts, gate_up=True),
-        kernels.expert_weights((w.clone() for w in down), n_experts, gate_up=False),
+        kernels.expert_weights((gate_up[number].clone() for number in held), len(held), gate_up=True),
+        kernels.expert_weights((down[number].clone() for number in held), len(held), gate_up=False),
         n_active,
         normalise,
+        held.start,
     )
     REFERENCE.experts(x.float(), wide, expected)
     kernels.experts(x, ours, out)

@@ -131,6 +131,11 @@ def test_experts(kernels: TritonKernels, dtype: torch.dtype, sizes: tuple[int, i
     ops_cases.check_experts(kernels, "cuda", dtype, sizes, normalise=True, bound=0.02)
 
 
+@pytest.mark.parametrize("held", [range(32), range(32, 128)], ids=str)
+def test_the_experts_of_a_rank(kernels: TritonKernels, held: range) -> None:
+    ops_cases.check_experts(kernels, "cuda", BF16, (300, 512, 256, 128, 8), normalise=True, bound=0.02, held=held)
+
+
 @pytest.mark.parametrize("dtype", [BF16, HALF, FULL])
 @pytest.mark.parametrize(("n_rows", "vocab"), [(1, 128256), (97, 128256), (300, 49152), (5, 1000), (1000, 151936)])
 def test_sample(kernels: TritonKernels, dtype: torch.dtype, n_rows: int, vocab: int) -> None:

@@ -91,6 +91,11 @@ def test_experts(kernels: TritonKernels, n_tokens: int, normalise: bool) -> None
     ops_cases.check_experts(kernels, "cpu", FULL, (n_tokens, 32, 48, 5, 2), normalise=normalise)
 
 
+@pytest.mark.parametrize("held", [range(2), range(2, 5)], ids=str)
+def test_the_experts_of_a_rank(kernels: TritonKernels, held: range) -> None:
+    ops_cases.check_experts(kernels, "cpu", FULL, (33, 32, 48, 5, 2), normalise=True, held=held)
+
+
 def test_every_pair_gets_a_slot_of_its_expert() -> None:
     logits = torch.randn(37, 6)
     logits[:, 4] = -9.0  # an expert that nobody chooses

@@ -243,7 +243,7 @@ class NativeKernels:
         assert x_td.dtype is self._dtype
         known = self._expert_tables.get(id(weights))
         if known is None or known[0] is not weights:
-            known = (weights, _addresses(weights.gate_up), _addresses(weights.down))
+            known = (weights, _addresses(weights.gate_up, weights), _addresses(weights.down, weights))
             self._expert_tables[id(weights)] = known
         _, gate_up, down = known
         self._c.experts(
@@ -298,5 +298,8 @@ class NativeKernels:
         return [lazy_zeros((n_pages, 2, n_kv_heads, page_tokens, padded), dtype) for _ in range(n_layers)]
 
 
-def _addresses(weights: tuple[LinearWeight, ...]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(weights))(*(weight.data.address for weight in weights))
+def _addresses(held: tuple[LinearWeight, ...], weights: ExpertWeights) -> ctypes.Array[ctypes.c_void_p]:
+    """A pointer for every expert that the router knows; null for those that are not held."""
+    absent_after = weights.router.n - weights.first - len(held)
+    addresses = [*[None] * weights.first, *(weight.data.address for weight in held), *[None] * absent_after]
+    return (ctypes.c_void_p * len(addresses))(*addresses)

@@ -223,6 +223,7 @@ class TritonKernels:
             out_td,
             n_active=weights.n_active,
             normalise=weights.normalise,
+            first=weights.first,
         )
 
     def sample(

@@ -36,6 +36,7 @@ def _combine(
     out_stride,
     D,
     N_ACTIVE: tl.constexpr,
+    SOME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -45,7 +46,10 @@ def _combine(
     for rank in range(N_ACTIVE):
         slot = tl.load(slot_ptr + token * N_ACTIVE + rank).to(tl.int64)
         score = tl.load(score_ptr + token * N_ACTIVE + rank)
-        total += score * tl.load(y_ptr + slot * D + d, mask=inside, other=0.0).to(tl.float32)
+        if SOME:  # a negative slot is that of an expert which is not held here
+            total += score * tl.load(y_ptr + slot * D + d, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        else:
+            total += score * tl.load(y_ptr + slot * D + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * out_stride + d, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -72,16 +76,18 @@ def experts(
     *,
     n_active: int,
     normalise: bool,
+    first: int = 0,
 ) -> None:
     """See `kernels.base.Kernels.experts`, from float32 router logits (T, experts) and the stacked weights.
 
-    `gate_up_nd` (experts · 2f, d) has interleaved rows, `down_nf` is (experts · d, f).
+    `gate_up_nd` (experts · 2f, d) has interleaved rows, `down_nf` is (experts · d, f); both of the experts held here,
+    which are those from number `first` on.
     """
-    (n_tokens, width), n_experts = x_td.shape, logits_tx.shape[1]
-    hidden = down_nf.shape[1]
-    tile = row_tile(n_tokens, n_active, n_experts)
+    n_tokens, width = x_td.shape
+    hidden, n_experts = down_nf.shape[1], down_nf.shape[0] // width
+    tile = row_tile(n_tokens, n_active, logits_tx.shape[1])
     shape = expert_shape(x_td.dtype, tile)
-    routing: Routing = route(logits_tx, n_active, normalise=normalise, tile=tile)
+    routing: Routing = route(logits_tx, n_active, normalise=normalise, tile=tile, first=first, n_held=n_experts)
     x_sd = x_td.new_empty(routing.n_slots, width)
     act_sf = x_td.new_empty(routing.n_slots, hidden)
     y_sd = x_td.new_empty(routing.n_slots, width)
@@ -93,5 +99,13 @@ def experts(
     gemm(x_sd, gate_up_nd, act_sf, silu_mul=True, groups=(routing.tiles, 2 * hidden), shape=shape)
     gemm(act_sf, down_nf, y_sd, groups=(routing.tiles, width), shape=shape)
     _combine[(n_tokens, n_columns)](
-        y_sd, routing.slot_tj, routing.score_tj, out_td, out_td.stride(0), width, N_ACTIVE=n_active, BLOCK=block
+        y_sd,
+        routing.slot_tj,
+        routing.score_tj,
+        out_td,
+        out_td.stride(0),
+        width,
+        N_ACTIVE=n_active,
+        SOME=n_experts < logits_tx.shape[1],
+        BLOCK=block,
     )

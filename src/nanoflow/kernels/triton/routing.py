@@ -23,12 +23,18 @@ def _choose(
     logits_ptr,
     expert_ptr,
     score_ptr,
+    slot_ptr,
     N_EXPERTS: tl.constexpr,
     N_ACTIVE: tl.constexpr,
     NORMALISE: tl.constexpr,
+    FIRST: tl.constexpr,
+    N_HELD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block a token: the likeliest experts, best first (the lowest of equals), and their probabilities."""
+    """One block a token: the likeliest experts, best first (the lowest of equals), and their probabilities.
+
+    Experts are told by their number among those held here; of the others expert and slot are -1.
+    """
     token = tl.program_id(0).to(tl.int64)
     x = tl.arange(0, BLOCK)
     logit = tl.load(logits_ptr + token * N_EXPERTS + x, mask=x < N_EXPERTS, other=float("-inf"))
@@ -46,7 +52,12 @@ def _choose(
         best = tl.max(left, 0)
         chosen = tl.min(tl.where(left == best, x, BLOCK), 0)
         left = tl.where(x == chosen, -1.0, left)
-        tl.store(expert_ptr + token * N_ACTIVE + rank, chosen)
+        if N_HELD < N_EXPERTS:
+            held = (chosen >= FIRST) & (chosen < FIRST + N_HELD)
+            tl.store(expert_ptr + token * N_ACTIVE + rank, tl.where(held, chosen - FIRST, -1))
+            tl.store(slot_ptr + token * N_ACTIVE + rank, -1)
+        else:
+            tl.store(expert_ptr + token * N_ACTIVE + rank, chosen)
         tl.store(score_ptr + token * N_ACTIVE + rank, best / whole)
 
 
@@ -107,7 +118,7 @@ class Routing:
     score_tj: Tensor
     """float32 (T, n_active): weight of each chosen expert."""
     slot_tj: Tensor
-    """int32 (T, n_active): row of the sorted buffers."""
+    """int32 (T, n_active): row of the sorted buffers; -1 where the expert is not held here."""
     token_s: Tensor
     """int32 (slots): the token of a row, -1 for padding; undefined from row tile `tiles[0]` on."""
     tiles: Tensor
@@ -119,9 +130,15 @@ class Routing:
         return self.token_s.shape[0]
 
 
-def route(logits_tx: Tensor, n_active: int, *, normalise: bool, tile: int) -> Routing:
-    """Route by float32 router logits (T, experts), in row tiles of `tile`. Shapes depend on shapes alone."""
-    (n_tokens, n_experts), device = logits_tx.shape, logits_tx.device
+def route(
+    logits_tx: Tensor, n_active: int, *, normalise: bool, tile: int, first: int = 0, n_held: int | None = None
+) -> Routing:
+    """Route by float32 router logits (T, experts), in row tiles of `tile`. Shapes depend on shapes alone.
+
+    Held are `n_held` experts (default: all) from number `first` on; pairs of others get no slot.
+    """
+    (n_tokens, n_all), device = logits_tx.shape, logits_tx.device
+    n_experts = n_all if n_held is None else n_held
     n_pairs = n_tokens * n_active
     n_tiles = launch.cdiv(n_pairs + min(n_experts, n_pairs) * (tile - 1), tile)
 
@@ -137,10 +154,13 @@ def route(logits_tx: Tensor, n_active: int, *, normalise: bool, tile: int) -> Ro
         logits_tx,
         expert_tj,
         score_tj,
-        N_EXPERTS=n_experts,
+        slot_tj,
+        N_EXPERTS=n_all,
         N_ACTIVE=n_active,
         NORMALISE=normalise,
-        BLOCK=experts_block,
+        FIRST=first,
+        N_HELD=n_experts,
+        BLOCK=launch.pow2(n_all),
         num_warps=1,
     )
     _count[(n_experts,)](expert_tj, count_x, n_pairs, BLOCK=block)

@@ -79,7 +79,7 @@ void experts(const Experts& a) {
     float* result = (float*)scratch(3, size_t(most * a.d) * 4);
     for (int64_t i = 0, begin = 0; i < a.n_experts; begin = start[i], i++) {
         const int64_t m = start[i] - begin;
-        if (!m) continue;
+        if (!m || !a.gate_up[i]) continue;  // an expert that another rank holds
         for (int64_t j = 0; j < m; j++)
             memcpy(rows + j * a.d, (const T*)a.x + order[begin + j] / a.n_active * a.ldx, size_t(a.d) * sizeof(T));
         linear<D>({rows, a.d, m, a.gate_up[i], 2 * a.f, a.d, nullptr, false, gate_up, 2 * a.f, false, false});
