@@ -36,7 +36,6 @@ MODEL = "smollm2"
 COMPARED = ("tokens_per_s", "normalised_latency_mean_s", "time_per_output_token_mean_s", "ttft_mean_s")
 WANTED = COMPARED[:2]
 WITHIN = 0.15
-QUIET_PERCENT = 10.0
 WAIT_S = 25.0
 CALIBRATION, OTHERS = "calibration", "others_percent"
 Measured = dict[str, list[dict[str, float]]]
@@ -50,10 +49,11 @@ def nanoflow(*words: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[tuple[str, int]]:
+def server(threads: int) -> Iterator[tuple[str, int]]:
     """A server with the sequential pipeline and no prefix cache (rounds repeat prompts); it ends with the block."""
     url = f"http://127.0.0.1:{PORT}"
     words = ("serve", MODEL, "--port", str(PORT), "--pipeline", "sequential", "--no-enable-prefix-caching")
+    words += ("--threads", str(threads))
     with subprocess.Popen(nanoflow(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(120):
@@ -65,11 +65,12 @@ def server() -> Iterator[tuple[str, int]]:
             process.terminate()
 
 
-def profile(path: Path, limits: Limits, workload: str) -> None:
+def profile(path: Path, limits: Limits, workload: str, threads: int) -> None:
     """Profile at the mean lengths of what will be sent."""
     some = make_requests(workload, 1000, limits=limits)
     lengths = f"{round(some.prompt_tokens.mean())}/{round(some.output_tokens.mean())}"
     words = ("profile", MODEL, "--quick", "--step", "8", "--workload", lengths, "-o", str(path))
+    words += ("--threads", str(threads))
     subprocess.run(nanoflow(*words), check=True, stdout=subprocess.DEVNULL)
 
 
@@ -96,13 +97,13 @@ class Others:
         seconds, all_s, own_s = (now - then for now, then in zip(self._before, before, strict=True))
         return max(0.0, 100.0 * (all_s - own_s) / (seconds * (os.cpu_count() or 1)))
 
-    def wait_until_quiet(self, most_s: float) -> None:
+    def wait_until_quiet(self, quiet_percent: float, most_s: float) -> None:
         """Until the others have taken little for a second, or the time is over."""
         until = time.monotonic() + most_s
         self.percent()
         while time.monotonic() < until:
             time.sleep(1.0)
-            if self.percent() <= QUIET_PERCENT:
+            if self.percent() <= quiet_percent:
                 return
 
     def _now(self) -> tuple[float, float, float]:
@@ -122,11 +123,11 @@ def measured_quietly(url: str, pid: int, options: argparse.Namespace, limits: Li
     found: Measured = {name: [] for name in jobs}
     others, until = Others(pid), time.monotonic() + options.minutes * 60
     while time.monotonic() < until:
-        lacking = [name for name in jobs if len(quiet_ones(found[name])) < options.rounds]
+        lacking = [name for name in jobs if len(quiet_ones(found[name], options.quiet)) < options.rounds]
         if not lacking:
             break
         name = min(lacking, key=lambda name: len(found[name]))
-        others.wait_until_quiet(min(WAIT_S, max(0.0, until - time.monotonic())))
+        others.wait_until_quiet(options.quiet, min(WAIT_S, max(0.0, until - time.monotonic())))
         others.percent()
         numbers = jobs[name]()
         found[name].append({**numbers, OTHERS: others.percent()})
@@ -135,14 +136,14 @@ def measured_quietly(url: str, pid: int, options: argparse.Namespace, limits: Li
     return found
 
 
-def quiet_ones(runs: list[dict[str, float]]) -> list[dict[str, float]]:
+def quiet_ones(runs: list[dict[str, float]], quiet_percent: float) -> list[dict[str, float]]:
     """Runs that other programs hardly disturbed."""
-    return [run for run in runs if run[OTHERS] <= QUIET_PERCENT]
+    return [run for run in runs if run[OTHERS] <= quiet_percent]
 
 
-def used(runs: list[dict[str, float]]) -> list[dict[str, float]]:
+def used(runs: list[dict[str, float]], quiet_percent: float) -> list[dict[str, float]]:
     """The undisturbed runs; where there is none, the least disturbed one."""
-    return quiet_ones(runs) or sorted(runs, key=lambda run: run[OTHERS])[:1]
+    return quiet_ones(runs, quiet_percent) or sorted(runs, key=lambda run: run[OTHERS])[:1]
 
 
 def predicted(
@@ -159,20 +160,22 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
     limits = Limits(None, options.max_prompt, options.max_output)
     path = options.profile or Path(options.folder) / "smollm2.profile.json"
     if options.profile is None:
-        profile(path, limits, options.workload)
+        profile(path, limits, options.workload, options.threads)
     spec = preset(MODEL)
     traffic = Traffic(options.workload, limits=limits)
     question = Question(spec, "cpu", Objective(1.0, 1.0), traffic, profile=load_profile(path))
     kind = replica_kind(question, 1, engine_sizes(question))
-    with server() as (url, pid):
+    with server(options.threads) as (url, pid):
         measured = measured_quietly(url, pid, options, limits, lambda loads: solve(kind, loads))
-    calibrations = used(measured.pop(CALIBRATION))
+    calibrations = used(measured.pop(CALIBRATION), options.quiet)
     middle = Overheads(*(median(one[name] for one in calibrations) for name in vars(Overheads())))
     return {
         "model": MODEL,
         "workload": options.workload,
         "rates": options.rates,
         "seconds": options.seconds,
+        "threads": options.threads,
+        "quiet_percent": options.quiet,
         "calibrations": calibrations,
         "overheads": asdict(middle),
         "measured": measured,
@@ -189,7 +192,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], bool]:
     ]
     good = True
     for rate in (f"{rate:g}" for rate in result["rates"]):
-        runs = used(result["measured"][rate])
+        runs = used(result["measured"][rate], result["quiet_percent"])
         share = f"{len(runs)} of {len(result['measured'][rate])}, {max(run[OTHERS] for run in runs):.0f} %"
         for name in COMPARED:
             values = sorted(run[name] for run in runs)
@@ -212,6 +215,10 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1.5, 3.0, 5.0], help="requests/s (1.5 3 5)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals at each rate (default 10)")
     parser.add_argument("--rounds", type=int, default=3, help="undisturbed repeats (default 3)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the server (default: all cores)")
+    parser.add_argument(
+        "--quiet", type=float, default=10.0, metavar="PERCENT", help="of all cores that others may take (default 10)"
+    )
     parser.add_argument("--minutes", type=float, default=3.0, help="to try for them (default 3)")
     parser.add_argument("--workload", default="sharegpt")
     parser.add_argument("--max-prompt", type=int, default=256, help="longest prompt in tokens (default 256)")

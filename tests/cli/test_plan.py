@@ -89,3 +89,23 @@ def test_a_fleet_of_a_given_size(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_answered(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str) -> None:
     assert main(["plan", "llama-3-8b", "--gpu", "h200", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_profile_that_tuning_kept_is_found_on_its_machine_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanoflow.device.cpu import CpuDevice
+    from nanoflow.planning.plan import tuned_profile_path
+    from nanoflow.profiling.fingerprint import machine_fingerprint
+
+    monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path))
+    assert tuned_profile_path("tiny", "bfloat16") is None
+    device = CpuDevice(None)
+    here = dict(machine_fingerprint(device))
+    device.close()
+    kept = tmp_path / "pipelines" / "tiny-bfloat16-r1-b512-0123456789ab.profile.json"
+    kept.parent.mkdir()
+    kept.write_text(json.dumps({"machine": {**here, "processor": "another"}}))
+    assert tuned_profile_path("tiny", "bfloat16") is None
+    kept.write_text(json.dumps({"machine": here}))
+    assert tuned_profile_path("tiny", "bfloat16") == kept
