@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from nanoflow.device import power
 from nanoflow.device.power import TickedPower
 
 
-@pytest.fixture()
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
     monkeypatch.setattr(power.time, "perf_counter", lambda: now[0])
-    yield now
+    return now
 
 
 def test_only_whole_ticks_count(clock: list[float]) -> None:

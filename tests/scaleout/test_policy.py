@@ -124,7 +124,7 @@ def test_what_a_replica_takes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> N
     threaded = config.with_options("device", threads=3)
     assert share_of(threaded, four, has_gpus=False) == Share(3)
     one = of_one_replica(config, Share(2), four)
-    assert (one.device.threads, one.cache.kv_memory_fraction) == (2, 0.125)
+    assert (one.device.threads, one.cache.kv_memory_fraction) == (2, 0.1)
     assert of_one_replica(config, Share(1, 1.0), four) == config
     assert (Share(2).fits(7, 0), Share(1, 0.5).fits(16, 2), Share(4, 1.0).fits(9, 8)) == (3, 4, 2)
 

@@ -131,7 +131,9 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     device: DeviceConfig = DeviceConfig()
-    pipeline: str = _doc("`auto`, `sequential`, `network-overlap` (several ranks), or a Pipeline JSON file", default="auto")
+    pipeline: str = _doc(
+        "`auto`, `sequential`, `network-overlap` (several ranks), or a Pipeline JSON file", default="auto"
+    )
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

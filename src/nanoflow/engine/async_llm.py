@@ -299,9 +299,7 @@ class AsyncLLM:
             while True:
                 if in_flight is None and not core.has_work:
                     with self._wake:
-                        self._wake.wait_for(
-                            lambda: core.has_work or self._stopping or engine.failed, core.idle_limit_s
-                        )
+                        self._wake.wait_for(lambda: core.has_work or self._stopping or engine.failed, core.idle_limit_s)
                     engine.check()
                     if self._stopping and not core.has_work:
                         break

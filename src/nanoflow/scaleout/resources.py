@@ -22,7 +22,11 @@ class Share:
         return by_cpu if not self.gpus else min(by_cpu, int(gpus / self.gpus + 1e-9))
 
     def __str__(self) -> str:
-        return f"{self.cpus} cores" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+        return _counted(self.cpus, "core") + (f" and {_counted(self.gpus, 'GPU')}" if self.gpus else "")
+
+
+def _counted(count: float, what: str) -> str:
+    return f"{count:g} {what}{'' if count == 1 else 's'}"
 
 
 def ranks_of(config: EngineConfig) -> int:
@@ -51,7 +55,7 @@ def share_of(config: EngineConfig, scaleout: ScaleoutConfig, *, has_gpus: bool) 
 def of_one_replica(config: EngineConfig, share: Share, scaleout: ScaleoutConfig) -> EngineConfig:
     """The engine's configuration in a replica: it computes with the cores that it reserved.
 
-    Replicas on one machine without GPUs share its memory too, so each takes its part of the KV cache's usual half.
+    Replicas on one machine without GPUs share its memory too, so each takes its part of the KV cache's usual share.
     """
     if share.gpus:
         return config
@@ -60,5 +64,7 @@ def of_one_replica(config: EngineConfig, share: Share, scaleout: ScaleoutConfig)
     cache = config.cache
     alone = scaleout.ray not in (None, LOCAL)
     if cache.kv_memory_bytes is None and cache.kv_memory_fraction is None and not alone:
-        config = config.with_options("cache", kv_memory_fraction=0.5 / scaleout.replicas)
+        from nanoflow.engine.resolve import DEFAULTS
+
+        config = config.with_options("cache", kv_memory_fraction=DEFAULTS["cpu"].kv_fraction / scaleout.replicas)
     return config
