@@ -83,7 +83,13 @@ def test_stream_is_the_whole_answer_and_tells_usage(client: openai.OpenAI) -> No
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert [reason for reason in reasons if reason] == [whole.choices[0].finish_reason]
     assert len(reasons) > 3, "the text comes in pieces"
-    assert chunks[-1].usage == whole.usage
+    told = chunks[-1].usage
+    assert told is not None
+    assert (told.prompt_tokens, told.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    assert told.total_tokens == whole.usage.total_tokens
+    details = told.prompt_tokens_details, whole.usage.prompt_tokens_details
+    cached = [detail.cached_tokens or 0 if detail is not None else 0 for detail in details]
+    assert cached[0] >= cached[1], "the second request finds what the first one left in the cache"
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
 
 

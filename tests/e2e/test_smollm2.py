@@ -90,14 +90,15 @@ def test_without_a_limit_the_context_is_the_limit(chunking_llm: LLM) -> None:
 
 
 def test_seeds_and_choices_differ(llm: LLM) -> None:
-    texts = {one(llm, PROMPTS[1], temperature=1.0, seed=seed).text for seed in range(4)}
-    assert len(texts) == 4
+    seeded = [SamplingParams(temperature=1.0, seed=seed, max_tokens=16) for seed in range(4)]
+    texts = [output.outputs[0].text for output in llm.generate([PROMPTS[1]] * 4, seeded, use_tqdm=False)]
+    assert len(set(texts)) == 4
     output = llm.generate(PROMPTS[1], SamplingParams(n=3, temperature=1.0, seed=3, max_tokens=16), use_tqdm=False)[0]
     assert [choice.index for choice in output.outputs] == [0, 1, 2]
     assert len({choice.text for choice in output.outputs}) == 3
-    assert output.outputs[0].text == one(llm, PROMPTS[1], temperature=1.0, seed=3).text
-    unseeded = {one(llm, PROMPTS[1], temperature=1.0).text for _ in range(3)}
-    assert len(unseeded) == 3
+    assert output.outputs[0].text == texts[3]
+    unseeded = llm.generate([PROMPTS[1]] * 3, SamplingParams(temperature=1.0, max_tokens=16), use_tqdm=False)
+    assert len({output.outputs[0].text for output in unseeded}) == 3
 
 
 def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
@@ -232,15 +233,15 @@ def test_penalties_against_a_plain_loop(llm: LLM, hf_model: Any, penalties: dict
         .outputs[0]
         .token_ids
     )
-    output: list[int] = []
-    for _ in range(14):
-        logits = hf_logits(hf_model, prompt + output)[-1].tolist()
+    assert len(ours) == 14
+    all_logits = hf_logits(hf_model, prompt + ours[:-1])[len(prompt) - 1 :].tolist()
+    for step, logits in enumerate(all_logits):  # fed with our own output, as in the greedy test
+        output = ours[:step]
         for token in set(prompt) | set(output):
             factor = penalties.get("repetition_penalty", 1.0)
             logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
         for token in set(output):
             logits[token] -= penalties.get("presence_penalty", 0.0)
             logits[token] -= penalties.get("frequency_penalty", 0.0) * output.count(token)
-        output.append(max(range(len(logits)), key=logits.__getitem__))
-    assert ours == output
+        assert ours[step] == max(range(len(logits)), key=logits.__getitem__), step
     assert ours != one(llm, prompt, max_tokens=14).token_ids, "the penalties changed something"
