@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
+from nanoflow.cli.options import flag
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.request import Logprob, OutputDelta
@@ -132,7 +136,9 @@ def test_what_a_replica_takes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_replica_of_several_ranks_takes_a_gpu_a_rank() -> None:
     config = EngineConfig.from_options(model="smollm2", tensor_parallel_size=2)
     assert share_of(config, ScaleoutConfig(replicas=2), has_gpus=True) == Share(2, 2.0)
-    assert of_one_replica(config, Share(4), ScaleoutConfig(replicas=2)).device.threads == 2
+    assert of_one_replica(config, Share(4), ScaleoutConfig(replicas=2)).device.threads == 4, "all ranks together"
+    threaded = config.with_options("device", threads=1)
+    assert share_of(threaded, ScaleoutConfig(replicas=2), has_gpus=False) == Share(2)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +155,9 @@ def test_a_replica_of_several_ranks_takes_a_gpu_a_rank() -> None:
 def test_options_that_cannot_work(options: dict[str, int], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         ScaleoutConfig(**options)  # type: ignore[arg-type]
+
+
+def test_every_option_is_on_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ray.md").read_text()
+    missing = [item.name for item in fields(ScaleoutConfig) if f"| `{flag(item.name)} " not in page]
+    assert not missing

@@ -175,7 +175,10 @@ class RayCluster:
         try:
             self._ray.init(address=address, logging_level="ERROR", log_to_driver=False, **local)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"cannot reach Ray at {address!r}: {_first_line(error)}; check --ray.") from error
+            raise ConfigError(
+                f"cannot reach Ray at {address!r}: {_first_line(error)}; check --ray, and set RAY_AUTH_MODE=token if "
+                "the cluster wants a token."
+            ) from error
         self._connected = True
 
     def _reserve(self, replicas: int) -> None:

@@ -31,7 +31,7 @@ def _counted(count: float, what: str) -> str:
 
 def ranks_of(config: EngineConfig) -> int:
     """Processes of one replica: its tensor-parallel size."""
-    return int(getattr(config.device, "tensor_parallel_size", 1))
+    return config.device.tensor_parallel_size
 
 
 def share_of(config: EngineConfig, scaleout: ScaleoutConfig, *, has_gpus: bool) -> Share:
@@ -45,10 +45,10 @@ def share_of(config: EngineConfig, scaleout: ScaleoutConfig, *, has_gpus: bool) 
         if gpus:
             cpus = ranks
         elif config.device.threads is not None:
-            cpus = config.device.threads * ranks
+            cpus = max(ranks, config.device.threads)
         else:
             sharers = scaleout.replicas if scaleout.ray in (None, LOCAL) else 1
-            cpus = max(1, env.available_cores() // sharers)
+            cpus = max(ranks, env.available_cores() // sharers)
     return Share(cpus, gpus)
 
 
@@ -60,7 +60,7 @@ def of_one_replica(config: EngineConfig, share: Share, scaleout: ScaleoutConfig)
     if share.gpus:
         return config
     if config.device.threads is None:
-        config = config.with_options("device", threads=max(1, share.cpus // ranks_of(config)))
+        config = config.with_options("device", threads=share.cpus)
     cache = config.cache
     alone = scaleout.ray not in (None, LOCAL)
     if cache.kv_memory_bytes is None and cache.kv_memory_fraction is None and not alone:
