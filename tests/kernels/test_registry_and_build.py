@@ -81,12 +81,28 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(nanoflow.__file__).parent.parent)}
 
 
-def test_the_library_is_built_once_and_by_many_at_once(fresh: Path, native_f32: NativeKernels) -> None:
-    code = "from nanoflow.kernels.native import build; print(build.library())"
-    jobs = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=child_environment())
-        for _ in range(2)
-    ]
+@pytest.fixture
+def small_sources(fresh: Path) -> Path:
+    """Two short sources instead of the kernels': the cache does not look at what it compiles."""
+    folder = fresh / "sources"
+    folder.mkdir()
+    (folder / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    (folder / "two.cpp").write_text('extern "C" int one();\nextern "C" int two() { return 2 * one(); }\n')
+    return folder
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "kernels"])
+def test_the_library_is_built_once_and_by_many_at_once(
+    small_sources: Path, native_f32: NativeKernels, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = build.SOURCE_DIR if whole else small_sources
+    monkeypatch.setattr(build, "SOURCE_DIR", sources)
+    code = (
+        "import pathlib, sys; from nanoflow.kernels.native import build\n"
+        "build.SOURCE_DIR = pathlib.Path(sys.argv[1]); print(build.library())"
+    )
+    command = [sys.executable, "-c", code, str(sources)]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment()) for _ in range(2)]
     paths = {job.communicate()[0].strip() for job in jobs}
     assert len(paths) == 1
     built = Path(paths.pop())
