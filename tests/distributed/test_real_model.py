@@ -8,20 +8,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from nanoflow.core.config import EngineConfig
+from nanoflow.core.ops import Op
 from nanoflow.core.sampling import SamplingParams
+from nanoflow.distributed.sharding import Shard
 from nanoflow.engine.build import Engine, build_engine
+from nanoflow.models.decoder import DecoderWeights
+from nanoflow.models.loading import load_weights
 from nanoflow.pipeline.graph import layer_graph
 from tests.distributed.in_process import sharded
 from tests.distributed.pipelines import DENSE_BATCH, PIPELINES
 from tests.e2e.tiny_models import BACKENDS, run, save_tiny_model
 
 TEXTS = ("The capital of France is", "1, 2, 3, 4, 5,", "Water boils at")
-GREEDY = SamplingParams(temperature=0, max_tokens=8)
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,23 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def loaded() -> dict[int, DecoderWeights]:
+    """The weights of each rank, which all pipelines share: reading them takes longer than the rest of the test."""
+    return {}
+
+
+@pytest.fixture
+def _read_once(loaded: dict[int, DecoderWeights], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_once(*args: Any, shard: Shard, ops: Any, **options: Any) -> DecoderWeights:
+        if shard.rank not in loaded:
+            loaded[shard.rank] = load_weights(*args, shard=shard, ops=(Op.O, Op.O_COLUMN), **options)
+        return loaded[shard.rank]
+
+    monkeypatch.setattr("nanoflow.engine.placing.load_weights", load_once)
+
+
+@pytest.mark.usefixtures("_read_once")
 @pytest.mark.parametrize("name", ["sequential", "nano-batches", "overlapped"])
 def test_two_ranks_answer_like_one(engine: Engine, name: str, tmp_path: Path) -> None:
     prompts = [engine.tokenizer.encode(text) for text in TEXTS]
