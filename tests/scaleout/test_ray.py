@@ -26,7 +26,7 @@ from tests.server.conftest import RunningServer, running_server, wait_until
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'nanoflow-serve[ray]'")
 
 OPTIONS = {"model": "smollm2", "kv_memory_bytes": 96 << 20, "max_model_len": 512, "threads": 1}
-START_S = 60.0
+START_S = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,10 @@ def all_ready(engine: ReplicatedEngine) -> bool:
 
 
 def question(i: int) -> dict[str, Any]:
-    """Fields of a request whose answer is always 32 tokens long."""
+    """Fields of a request whose answer is always 24 tokens long."""
     prompt = f"Question {i}: what is {i} plus 1? Answer:"
     extra = {"ignore_eos": True}
-    return {"model": "smollm2", "prompt": prompt, "max_tokens": 32, "temperature": 0, "extra_body": extra}
+    return {"model": "smollm2", "prompt": prompt, "max_tokens": 24, "temperature": 0, "extra_body": extra}
 
 
 async def whole(client: openai.AsyncOpenAI, i: int) -> str:
@@ -88,7 +88,7 @@ async def streamed(client: openai.AsyncOpenAI, i: int, arrived: list[int] | None
 
 
 async def test_a_hundred_clients_and_a_killed_replica(engine: ReplicatedEngine, server: RunningServer) -> None:
-    async with server.async_openai(timeout=60.0) as client:
+    async with server.async_openai(timeout=180.0) as client:
         calm = await asyncio.gather(*[whole(client, i) if i % 2 else streamed(client, i) for i in range(100)])
         assert all(calm)
         shares = [member.stats.work.output_tokens for member in engine.fleet.members]
@@ -97,7 +97,7 @@ async def test_a_hundred_clients_and_a_killed_replica(engine: ReplicatedEngine, 
         arrived = [0] * 100
         asking = [whole(client, i) if i % 2 else streamed(client, i, arrived=arrived) for i in range(100)]
         answers = asyncio.gather(*asking, return_exceptions=True)
-        await asyncio.to_thread(wait_until, lambda: sum(map(bool, arrived)) >= 5, 30)
+        await asyncio.to_thread(wait_until, lambda: sum(map(bool, arrived)) >= 5, 60)
         kill(engine, 0)
         texts = await answers
         assert texts == calm, "every answer is the one that it is without a kill"
@@ -105,8 +105,8 @@ async def test_a_hundred_clients_and_a_killed_replica(engine: ReplicatedEngine, 
 
         assert (await client.completions.create(model="smollm2", prompt="Still here?", max_tokens=4)).choices[0].text
         await asyncio.to_thread(wait_until, lambda: all_ready(engine), START_S)
-        again = await asyncio.gather(*[whole(client, i) for i in range(20)])
-        assert again == calm[:20]
+        again = await asyncio.gather(*[whole(client, i) for i in range(10)])
+        assert again == calm[:10]
         assert engine.fleet.members[0].stats.work.output_tokens > 0, "the new replica takes part"
     with server.http() as http:
         lines = http.get("/metrics").text.splitlines()
@@ -115,7 +115,7 @@ async def test_a_hundred_clients_and_a_killed_replica(engine: ReplicatedEngine, 
 
 
 async def test_a_batch_loses_a_replica_and_nothing_else(engine: ReplicatedEngine, tmp_path: Path) -> None:
-    n = 120
+    n = 80
     await asyncio.to_thread(wait_until, lambda: all_ready(engine), START_S)
     paths = JobPaths.beside(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     body = {"max_tokens": 16, "temperature": 0}
@@ -132,8 +132,8 @@ async def test_a_batch_loses_a_replica_and_nothing_else(engine: ReplicatedEngine
     lost_before = engine.stats().replicas[1].lost_requests
     job = BatchJob.open(paths, {})
     try:
-        running = asyncio.create_task(BatchRunner(job, offline_responder(engine), RunLimits(64)).run())
-        await asyncio.to_thread(wait_until, lambda: job.counts.done >= 10, 30)
+        running = asyncio.create_task(BatchRunner(job, offline_responder(engine), RunLimits(48)).run())
+        await asyncio.to_thread(wait_until, lambda: job.counts.done >= 10, 60)
         kill(engine, 1)
         await running
         assert (job.counts.answered, job.counts.failed) == (n, 0)
