@@ -15,8 +15,9 @@ OpenPage = Callable[..., Any]
 """`open_page(url, size=DESKTOP, scheme="light")`: a page that fails the test on any error or request elsewhere."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Closed with its module: while Playwright runs, no other test of this process can run an event loop."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     path = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:
