@@ -70,12 +70,18 @@ def metric(server: RunningServer, name: str) -> float:
 
 
 def test_stream_is_the_whole_answer_and_tells_usage(client: openai.OpenAI) -> None:
-    whole = client.chat.completions.create(**GREEDY, messages=FRANCE, max_tokens=16)
+    # With salts of their own neither request finds what another left in the cache, so their usage is the same.
+    whole = client.chat.completions.create(**GREEDY, messages=FRANCE, max_tokens=16, extra_body={"cache_salt": "whole"})
     assert "Paris" in (whole.choices[0].message.content or "")
     assert whole.usage is not None
     chunks = list(
         client.chat.completions.create(
-            **GREEDY, messages=FRANCE, max_tokens=16, stream=True, stream_options={"include_usage": True}
+            **GREEDY,
+            messages=FRANCE,
+            max_tokens=16,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"cache_salt": "stream"},
         )
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -83,13 +89,7 @@ def test_stream_is_the_whole_answer_and_tells_usage(client: openai.OpenAI) -> No
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert [reason for reason in reasons if reason] == [whole.choices[0].finish_reason]
     assert len(reasons) > 3, "the text comes in pieces"
-    told = chunks[-1].usage
-    assert told is not None
-    assert (told.prompt_tokens, told.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
-    assert told.total_tokens == whole.usage.total_tokens
-    details = told.prompt_tokens_details, whole.usage.prompt_tokens_details
-    cached = [detail.cached_tokens or 0 if detail is not None else 0 for detail in details]
-    assert cached[0] >= cached[1], "the second request finds what the first one left in the cache"
+    assert chunks[-1].usage == whole.usage
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
 
 

@@ -120,19 +120,15 @@ def test_stage2_is_optimal(graph: LayerGraph, boundary: int | None, shares: tupl
     run()
 
 
-@pytest.mark.parametrize("examples", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_stage2_is_optimal_for_a_kept_order(examples: int) -> None:
-    @settings(SLOW, max_examples=examples)
-    @given(problem=problems(CHAIN, (0.3, 1.0)), boundary=st.integers(1, BATCH - 1))
-    def run(problem: Problem, boundary: int) -> None:
-        first = solve_stage1(problem, [build(CHAIN, cut(CHAIN, boundary))]).schedule
-        exact = brute_force_stage2(problem, first.instance, order=one_at_a_time(first))
-        found = solve_stage2(one_at_a_time(first))
-        assert found is not None
-        assert found.schedule.period_us == pytest.approx(exact.period_us, rel=NEAR)
-        check_runs_as_predicted(problem, found.schedule)
-
-    run()
+@SLOW
+@given(problem=problems(CHAIN, (0.3, 1.0)), boundary=st.integers(1, BATCH - 1))
+def test_stage2_is_optimal_for_a_kept_order(problem: Problem, boundary: int) -> None:
+    first = solve_stage1(problem, [build(CHAIN, cut(CHAIN, boundary))]).schedule
+    exact = brute_force_stage2(problem, first.instance, order=one_at_a_time(first))
+    found = solve_stage2(one_at_a_time(first))
+    assert found is not None
+    assert found.schedule.period_us == pytest.approx(exact.period_us, rel=NEAR)
+    check_runs_as_predicted(problem, found.schedule)
 
 
 @SLOW

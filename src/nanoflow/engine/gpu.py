@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 
 from nanoflow.core.config import EngineConfig
-from nanoflow.core.errors import DeviceMemoryError
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.device.cuda import CudaDevice
 from nanoflow.engine.resolve import DEFAULTS, resolve_sizes
@@ -50,33 +49,27 @@ def place_on_gpu(
         with device.torch_device:
             return kernels.allocate_kv(count, page, spec.n_kv_heads, spec.head_dim, dtype, spec.n_layers)
 
-    try:
-        decoder = make_decoder(pages(1), longest)
-        executor = CapturedExecutor(
-            pipeline,
-            decoder,
-            device,
-            LogitsSampler(kernels, spec.vocab_size, device.torch_device),
-            n_slots(max_running),
-            dtype,
-            max_requests=max_running,
-            max_pages=-(-longest // page),
-            page_tokens=page,
-        )
-        executor.warm_up(capture=False)
-        decoder.kv_layers.clear()
-        torch.cuda.empty_cache()
-        reserve = torch.empty(GRAPH_BYTES, dtype=torch.uint8, device=device.torch_device)
-        config = resolve_sizes(config, spec, device, pipeline, agree)
-        del reserve
-        assert config.cache.kv_memory_bytes
-        decoder.kv_layers.extend(
-            pages(config.cache.kv_memory_bytes // (page * spec.kv_bytes_per_token(config.model.dtype)))
-        )
-        executor.warm_up()
-    except torch.cuda.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            f"the GPU's memory does not hold this: {str(error).splitlines()[0]} Lower kv_memory_fraction, dense_batch "
-            "or max_running, or use a smaller precision or more GPUs."
-        ) from error
+    decoder = make_decoder(pages(1), longest)
+    executor = CapturedExecutor(
+        pipeline,
+        decoder,
+        device,
+        LogitsSampler(kernels, spec.vocab_size, device.torch_device),
+        n_slots(max_running),
+        dtype,
+        max_requests=max_running,
+        max_pages=-(-longest // page),
+        page_tokens=page,
+    )
+    executor.warm_up(capture=False)
+    decoder.kv_layers.clear()
+    torch.cuda.empty_cache()
+    reserve = torch.empty(GRAPH_BYTES, dtype=torch.uint8, device=device.torch_device)
+    config = resolve_sizes(config, spec, device, pipeline, agree)
+    del reserve
+    assert config.cache.kv_memory_bytes
+    decoder.kv_layers.extend(
+        pages(config.cache.kv_memory_bytes // (page * spec.kv_bytes_per_token(config.model.dtype)))
+    )
+    executor.warm_up()
     return config, executor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import DeviceMemoryError
 from nanoflow.core.ops import RESOURCE, Resource
 from nanoflow.device.base import Device
 from nanoflow.distributed.collectives import Allocate, LaneCollectives
@@ -70,7 +71,29 @@ def load_and_place(
     *,
     show_progress: bool,
 ) -> tuple[EngineConfig, Launcher]:
-    """The config with its sizes settled, and the executor: ready to launch. `rank` None: there is only one."""
+    """The config with its sizes settled, and the executor: ready to launch. `rank` None: there is only one.
+
+    Raises `DeviceMemoryError` with what to lower if weights, buffers or keys and values do not fit.
+    """
+    try:
+        return _load_and_place(config, files, kernels, device, pipeline, rank, show_progress=show_progress)
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the device's memory does not hold this: {str(error).splitlines()[0]} Lower kv_memory_fraction, "
+            "dense_batch or max_running, or use a smaller precision or more GPUs."
+        ) from error
+
+
+def _load_and_place(
+    config: EngineConfig,
+    files: ModelFiles,
+    kernels: Kernels,
+    device: Device,
+    pipeline: Pipeline,
+    rank: Rank | None,
+    *,
+    show_progress: bool,
+) -> tuple[EngineConfig, Launcher]:
     dtype = TORCH_DTYPES[config.model.dtype]
     whole = files.spec
     shard = None if rank is None else rank.shard

@@ -18,12 +18,13 @@ from torch import Tensor
 from nanoflow.core.batch import BatchPlan, Int32Array
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.executor.pinned import Layout, PinnedStage, compact_pages
-from nanoflow.executor.staging import scaled_slice
+from nanoflow.executor.staging import RequestRows, decode_rows, prefill_rows, scaled_slice
 from nanoflow.kernels.base import AttentionPlan, AttentionWork, Kernels
 from nanoflow.models.state import Activations, NanoBatch
 
 NO_SLOT = -1
 """Where a padding row's key and value go: nowhere."""
+_NONE = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,24 @@ class Bucket:
         return self._at.pages + int(page_start[-1])
 
     def _write_works(self, plan: BatchPlan | None, page_start: Int32Array, host: Int32Array) -> None:
+        n, n_decode = (0, 0) if plan is None else (plan.n_tokens, plan.n_decode)
         for work, decode, prefill in self._at.works:
-            n = 0 if plan is None else plan.n_tokens
             start, stop = min(work.start, n), min(work.stop, n)
-            n_decode = 0 if plan is None else plan.n_decode
             if work.decode is not None and decode is not None:
-                work.decode.plan(*_decode_rows(plan, page_start, start, min(stop, n_decode)), host[decode])
+                last = min(stop, n_decode)
+                rows = decode_rows(plan, start, last) if plan is not None and start < last else None
+                _write_work(work.decode, rows, page_start, host[decode])
             if work.prefill is not None and prefill is not None:
                 first = max(start, n_decode)
-                work.prefill.plan(*_prefill_rows(plan, page_start, first, stop, start), host[prefill])
+                rows = prefill_rows(plan, first, stop, start) if plan is not None and first < stop else None
+                _write_work(work.prefill, rows, page_start, host[prefill])
+
+
+def _write_work(work: AttentionWork, rows: RequestRows | None, page_start: Int32Array, out: Int32Array) -> None:
+    if rows is None:
+        work.plan(_NONE, _NONE, _NONE, _NONE, out)
+    else:
+        work.plan(rows.query_start, rows.query_len, rows.context_len, page_start[:-1][rows.requests], out)
 
 
 def fixed_nano_batch(
@@ -167,37 +177,6 @@ def fixed_nano_batch(
     stage.send(bucket.write(plan, stage.begin(), 0))
     nano: NanoBatch = bucket.states[0]
     return nano
-
-
-_Rows = tuple[Int32Array, Int32Array, Int32Array, Int32Array]
-_NONE = np.zeros(0, dtype=np.int32)
-_NO_ROWS: _Rows = (_NONE, _NONE, _NONE, _NONE)
-
-
-def _decode_rows(plan: BatchPlan | None, page_start: Int32Array, start: int, stop: int) -> _Rows:
-    """query_start, query_len, context_len and page_start of the decode rows [start, stop) of the batch."""
-    if plan is None or stop <= start:
-        return _NO_ROWS
-    count = stop - start
-    return (
-        np.arange(count, dtype=np.int32),
-        np.ones(count, dtype=np.int32),
-        plan.context_len[start:stop],
-        page_start[start:stop],
-    )
-
-
-def _prefill_rows(plan: BatchPlan | None, page_start: Int32Array, start: int, stop: int, origin: int) -> _Rows:
-    """The same for prompt chunks in rows [start, stop), counted from `origin`; a chunk across a border is cut."""
-    if plan is None or stop <= start:
-        return _NO_ROWS
-    begins, ends = plan.query_start[:-1], plan.query_start[1:]
-    first = int(np.searchsorted(ends, start, side="right"))
-    last = int(np.searchsorted(begins, stop, side="left"))
-    begin = np.maximum(begins[first:last], start)
-    end = np.minimum(ends[first:last], stop)
-    context = plan.context_len[first:last] - (ends[first:last] - end)
-    return begin - origin, end - begin, context, page_start[first:last]
 
 
 def bucket_sizes(dense_batch: int, step: int = 128) -> list[int]:

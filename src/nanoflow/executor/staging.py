@@ -7,6 +7,7 @@ sees exactly the keys that lie before the second.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,9 +20,42 @@ from nanoflow.models.state import Activations, NanoBatch
 _CACHED_VIEWS = 512
 
 
+@dataclass(frozen=True)
+class RequestRows:
+    """Which rows of a slice belong to which requests: first row, number of rows and keys that the last one sees, a
+    request, and where these requests stand in the batch."""
+
+    query_start: Int32Array
+    query_len: Int32Array
+    context_len: Int32Array
+    requests: slice
+
+
 def scaled_slice(rows: tuple[int, int], dense_batch: int, n_tokens: int) -> tuple[int, int]:
     """A pipeline's row range for a batch of `n_tokens`: the same fractions of it."""
     return rows[0] * n_tokens // dense_batch, rows[1] * n_tokens // dense_batch
+
+
+def decode_rows(plan: BatchPlan, start: int, stop: int) -> RequestRows:
+    """The decode requests of rows [start, stop) of the batch: one row each."""
+    count = stop - start
+    return RequestRows(
+        np.arange(count, dtype=np.int32),
+        np.ones(count, dtype=np.int32),
+        plan.context_len[start:stop],
+        slice(start, stop),
+    )
+
+
+def prefill_rows(plan: BatchPlan, start: int, stop: int, origin: int) -> RequestRows:
+    """The prompt chunks in rows [start, stop), counted from row `origin`; a chunk across a border is cut."""
+    begins, ends = plan.query_start[:-1], plan.query_start[1:]
+    first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(begins, stop, side="left"))
+    begin = np.maximum(begins[first:last], start)
+    end = np.minimum(ends[first:last], stop)
+    context = plan.context_len[first:last] - (ends[first:last] - end)
+    return RequestRows(begin - origin, end - begin, context, slice(first, last))
 
 
 class Stager:
@@ -61,35 +95,18 @@ class Stager:
         return view
 
     def _decode_plan(self, plan: BatchPlan, start: int, stop: int) -> AttentionPlan | None:
-        if stop <= start:
-            return None
-        return self._attention_plan(
-            np.arange(stop - start, dtype=np.int32),
-            np.ones(stop - start, dtype=np.int32),
-            plan.context_len[start:stop],
-            plan.page_table[start:stop],
-        )
+        return None if stop <= start else self._attention_plan(plan, decode_rows(plan, start, stop))
 
     def _prefill_plan(self, plan: BatchPlan, start: int, stop: int, origin: int) -> AttentionPlan | None:
-        if stop <= start:
-            return None
-        begins, ends = plan.query_start[:-1], plan.query_start[1:]
-        first = int(np.searchsorted(ends, start, side="right"))
-        last = int(np.searchsorted(begins, stop, side="left"))
-        begin = np.maximum(begins[first:last], start)
-        end = np.minimum(ends[first:last], stop)
-        context = plan.context_len[first:last] - (ends[first:last] - end)
-        return self._attention_plan(begin - origin, end - begin, context, plan.page_table[first:last])
+        return None if stop <= start else self._attention_plan(plan, prefill_rows(plan, start, stop, origin))
 
-    def _attention_plan(
-        self, query_start: Int32Array, query_len: Int32Array, context_len: Int32Array, page_table: Int32Array
-    ) -> AttentionPlan:
+    def _attention_plan(self, plan: BatchPlan, rows: RequestRows) -> AttentionPlan:
         return AttentionPlan(
-            query_start=self.tensor(query_start.astype(np.int32, copy=False)),
-            query_len=self.tensor(query_len.astype(np.int32, copy=False)),
-            context_len=self.tensor(context_len.astype(np.int32, copy=False)),
-            page_table=self.tensor(page_table),
-            n_requests=len(query_len),
-            max_query=int(query_len.max()),
-            max_context=int(context_len.max()),
+            query_start=self.tensor(rows.query_start.astype(np.int32, copy=False)),
+            query_len=self.tensor(rows.query_len.astype(np.int32, copy=False)),
+            context_len=self.tensor(rows.context_len.astype(np.int32, copy=False)),
+            page_table=self.tensor(plan.page_table[rows.requests]),
+            n_requests=len(rows.query_len),
+            max_query=int(rows.query_len.max()),
+            max_context=int(rows.context_len.max()),
         )

@@ -8,6 +8,7 @@ client stay below one chunk more than the transport's high-water mark (64 KiB), 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from typing import Any
 
@@ -70,11 +71,9 @@ class LimitedProtocol(H11Protocol):
         body = ApiError(400, f"{msg} Send HTTP/1.1 with well-formed headers.", code="bad_http").body()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers.append((b"connection", b"close"))
-        try:
+        with contextlib.suppress(h11.LocalProtocolError):  # a response is under way: closing is all that is left
             for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:
-            pass  # a response is under way already; closing is all that is left
         self.transport.close()
 
     def _watch_receiving(self) -> None:
