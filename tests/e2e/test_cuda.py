@@ -121,7 +121,7 @@ def test_seeds_hold_whatever_else_runs(tmp_path: Path) -> None:
 def test_sampling_options_and_preemption_work(tmp_path: Path) -> None:
     """Penalties, top-k, top-p, biases and log-probabilities beside plain rows; and too little KV memory for all."""
     save_tiny_model("llama3-scaled", tmp_path)
-    engine = engine_of(tmp_path, dense_batch=64, kv_memory_bytes=1 << 18, max_model_len=128)
+    engine = engine_of(tmp_path, dense_batch=64, kv_memory_bytes=1 << 17, max_model_len=128)
     params = [
         SamplingParams(temperature=1.0, top_k=1, max_tokens=40, ignore_eos=True),
         SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
