@@ -47,22 +47,28 @@ class PowerMeter:
 class TickedPower:
     """Mean power from an energy counter that moves in ticks: energy between two ticks over the time between them.
 
-    Reading such a counter at the ends of a short window would be wrong by up to a tick. Call `poll` often.
+    Reading such a counter at the ends of a short window would be wrong by up to a tick. Call `poll` often: it reads at
+    most every `POLL_SECONDS`, since a reading itself may take milliseconds.
     """
 
     LEAST_TICKS = 3
+    POLL_SECONDS = 0.005
 
     def __init__(self, energy_j: Callable[[], float | None]) -> None:
         self._energy_j = energy_j
         self._last = energy_j()
+        self._read_s = time.perf_counter()
         self._ticks: list[tuple[float, float]] = []
 
     def poll(self) -> None:
         """Look whether the counter has moved."""
+        if time.perf_counter() - self._read_s < self.POLL_SECONDS:
+            return
         now = self._energy_j()
+        self._read_s = time.perf_counter()
         if now is not None and now != self._last:
             self._last = now
-            self._ticks.append((time.perf_counter(), now))
+            self._ticks.append((self._read_s, now))
 
     def watts(self) -> float | None:
         """Mean power between the first and the last tick seen; None with fewer than `LEAST_TICKS`."""

@@ -1,13 +1,12 @@
 """Launches repeated on CUDA lanes, side by side and back to back: the GPU's form of `profiling.loops`.
 
-Each lane replays a recording of some launches, always with the next one queued, so that neither Python nor launch gaps
-count and the card reaches the clock that its power limit allows. Times come from events; a pair is judged by the part
-in which both lanes were busy.
+Each lane replays a recording of some launches, always with the next ones queued, so that neither Python nor launch gaps
+count and the card reaches the clock that its power limit allows. A replay lies between two events of its own, so a host
+that is late leaves a gap between replays, not a longer one; a pair is judged by the part in which both lanes were busy.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,27 +19,32 @@ from nanoflow.profiling.loops import WARM_UP, Loop, Timing, timing_of
 
 GRAPH_SECONDS = 2e-3
 MOST_LAUNCHES = 64
-QUEUED = 3
+QUEUED = 8
+"""Replays ahead of the card: reading its energy counter takes the host some milliseconds."""
+
 TRIALS = 4
 
 
 @dataclass
 class _Player:
-    """One lane with its recording of `n` launches and the ends of its replays."""
+    """One lane with its recording of `n` launches, and the events at both ends of its replays."""
 
     lane: CudaLane
     graph: torch.cuda.CUDAGraph
     n: int
+    begins: list[torch.cuda.Event] = field(default_factory=list)
     ends: list[torch.cuda.Event] = field(default_factory=list)
 
     def play(self) -> None:
         if len(self.ends) >= QUEUED:
             self.ends[-QUEUED].synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.lane.stream):
+            begin.record()
             self.graph.replay()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self.lane.stream)
-        self.ends.append(event)
+            end.record()
+        self.begins.append(begin)
+        self.ends.append(end)
 
 
 def run_cuda_loops(device: CudaDevice, loops: Sequence[Loop], seconds: float, least: int) -> list[Timing]:
@@ -73,8 +77,8 @@ def _unplayed(player: _Player) -> int:
 
 
 def _spans(player: _Player, start: torch.cuda.Event) -> list[tuple[float, float]]:
-    ends = [start.elapsed_time(event) / 1e3 for event in player.ends]
-    return list(itertools.pairwise([0.0, *ends]))
+    pairs = zip(player.begins, player.ends, strict=True)
+    return [(start.elapsed_time(begin) / 1e3, start.elapsed_time(end) / 1e3) for begin, end in pairs]
 
 
 def _record(lane: CudaLane, loop: Loop) -> _Player:
