@@ -5,15 +5,8 @@ A single iteration on a cool card would show a speed that the power limit does n
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable
-from typing import Any
-
-import torch
-
 from nanoflow.device.cuda import CudaDevice
-from nanoflow.device.power import TickedPower
+from nanoflow.device.replay import back_to_back
 from nanoflow.engine.sampler import LogitsSampler
 from nanoflow.engine.stage import Stage
 from nanoflow.engine.verification import Contender, IterationTime
@@ -21,7 +14,6 @@ from nanoflow.executor.captured import CapturedExecutor
 from nanoflow.pipeline.pipeline import Pipeline
 
 SECONDS = 0.6
-QUEUED = 2
 
 
 class GpuStage(Stage):
@@ -31,9 +23,9 @@ class GpuStage(Stage):
         """Mean time of an iteration and of its layers over `SECONDS` each, and the card's mean power meanwhile."""
         executor: CapturedExecutor = self.executor(contender.pipeline)
         device = executor.device
-        iteration_s, watts = _back_to_back(device, lambda: executor.launch(self.plan))
-        layers_s, _ = _back_to_back(device, lambda: executor.launch_layers(self.plan))
-        return IterationTime(iteration_s * 1e6, layers_s * 1e6 / self.decoder.spec.n_layers, watts)
+        whole = back_to_back(lambda: executor.launch(self.plan), device.main, device.energy_j, SECONDS)
+        layers = back_to_back(lambda: executor.launch_layers(self.plan), device.main, device.energy_j, SECONDS)
+        return IterationTime(whole.seconds * 1e6, layers.seconds * 1e6 / self.decoder.spec.n_layers, whole.watts)
 
     def _make_executor(self, pipeline: Pipeline) -> CapturedExecutor:
         device = self.open_device()
@@ -53,27 +45,3 @@ class GpuStage(Stage):
         )
         executor.warm_up()
         return executor
-
-
-def _back_to_back(device: CudaDevice, launch: Callable[[], Any]) -> tuple[float, float | None]:
-    """Mean seconds of `launch` with the next one always queued, and the card's mean power in watts."""
-    ends: deque[torch.cuda.Event] = deque()
-
-    def go() -> None:
-        launch()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(device.main)
-        ends.append(event)
-
-    for _ in range(QUEUED):
-        go()
-    first, count = ends[-1], 0
-    power, began = TickedPower(device.energy_j), time.perf_counter()
-    while time.perf_counter() - began < SECONDS or count < 3:
-        go()
-        count += 1
-        ends.popleft().synchronize()
-        power.poll()
-    last = ends[-1]
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3 / count, power.watts()

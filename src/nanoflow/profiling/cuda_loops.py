@@ -15,23 +15,20 @@ import torch
 
 from nanoflow.device.cuda import CudaDevice, CudaLane
 from nanoflow.device.power import TickedPower
+from nanoflow.device.replay import Recording, record
 from nanoflow.profiling.loops import WARM_UP, Loop, Timing, timing_of
 
 GRAPH_SECONDS = 2e-3
-MOST_LAUNCHES = 64
 QUEUED = 8
 """Replays ahead of the card: reading its energy counter takes the host some milliseconds."""
-
-TRIALS = 4
 
 
 @dataclass
 class _Player:
-    """One lane with its recording of `n` launches, and the events at both ends of its replays."""
+    """One lane with its recording, and the events at both ends of its replays."""
 
     lane: CudaLane
-    graph: torch.cuda.CUDAGraph
-    n: int
+    recording: Recording
     begins: list[torch.cuda.Event] = field(default_factory=list)
     ends: list[torch.cuda.Event] = field(default_factory=list)
 
@@ -41,7 +38,7 @@ class _Player:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.lane.stream):
             begin.record()
-            self.graph.replay()
+            self.recording.replay()
             end.record()
         self.begins.append(begin)
         self.ends.append(end)
@@ -66,7 +63,7 @@ def run_cuda_loops(device: CudaDevice, loops: Sequence[Loop], seconds: float, le
     spans = [_spans(player, start) for player in players]
     common = max(one[0][1] for one in spans), min(one[-1][1] for one in spans)
     return [
-        timing_of([s for s in one if s[0] >= common[0] and s[1] <= common[1]] or one, power.watts(), player.n)
+        timing_of([s for s in one if s[0] >= common[0] and s[1] <= common[1]] or one, power.watts(), player.recording.n)
         for one, player in zip(spans, players, strict=True)
     ]
 
@@ -82,21 +79,7 @@ def _spans(player: _Player, start: torch.cuda.Event) -> list[tuple[float, float]
 
 
 def _record(lane: CudaLane, loop: Loop) -> _Player:
-    """Warm up, see how long a launch takes, and record as many as fill `GRAPH_SECONDS`."""
+    """Warm up, and record as many launches as fill `GRAPH_SECONDS`."""
     for k in range(WARM_UP):
         lane.run(loop.step, k)
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record(lane.stream)
-    for k in range(TRIALS):
-        lane.run(loop.step, k)
-    after.record(lane.stream)
-    after.synchronize()
-    each = before.elapsed_time(after) / 1e3 / TRIALS
-    n = min(MOST_LAUNCHES, max(1, round(GRAPH_SECONDS / max(each, 1e-7))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(lane.stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        for k in range(n):
-            lane.run(loop.step, k)
-        graph.capture_end()
-    return _Player(lane, graph, n)
+    return _Player(lane, record(lambda k: lane.run(loop.step, k), lane.stream, GRAPH_SECONDS))

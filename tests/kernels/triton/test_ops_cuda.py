@@ -12,9 +12,11 @@ pytest.importorskip("triton", reason="Triton is not installed (it is in the dev 
 
 from nanoflow.device import green
 from nanoflow.device.cuda import CudaLane
+from nanoflow.device.power import PowerMeter
 from nanoflow.kernels.triton import launch
 from nanoflow.kernels.triton.backend import TritonKernels
 from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved
+from nanoflow.kernels.triton.product_race import CardRace
 from tests.kernels.triton import ops_cases
 from tests.kernels.triton.ops_cases import close, poisoned, random
 
@@ -223,11 +225,43 @@ def test_a_lane_tells_its_multiprocessors(kernels: TritonKernels) -> None:
 
 
 def test_products_race_once_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever wins, the result is right; large products on the whole card have slowdowns, where energy can be read."""
     monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path))
     kernels = TritonKernels("auto")
     ops_cases.check_linear(kernels, "cuda", BF16, (512, 4096, 4096))
     ops_cases.check_linear(kernels, "cuda", BF16, (512, 4096, 4096), accumulate=True)
     ops_cases.check_linear(kernels, "cuda", BF16, (512, 4096, 4096), out_dtype=FULL)
     ops_cases.check_linear_silu_mul(kernels, "cuda", BF16, (512, 4096, 4096))
+    ops_cases.check_linear_silu_mul(kernels, "cuda", BF16, (2048, 14336, 4096))
     (path,) = (tmp_path / "products").iterdir()
-    assert len(json.loads(path.read_text())["choices"]) == 4
+    kept = json.loads(path.read_text())
+    assert len(kept["choices"]) == 5
+    for name, slowdowns in kept["slowdowns"].items():
+        assert "2048 tokens" in name
+        assert all(0.8 < slowdown < 2.0 for slowdown in slowdowns.values()), slowdowns
+
+
+def test_a_race_tells_twice_the_work_from_once() -> None:
+    """In a burst and at the limit; who does not fit is left out."""
+    x, weight = (torch.randn(2048, 4096, device="cuda").to(BF16) for _ in range(2))
+    out = torch.empty(2048, 2048, dtype=BF16, device="cuda")
+
+    def once(_: int) -> None:
+        gemm(x, weight, out)
+
+    def twice(k: int) -> None:
+        once(k)
+        once(k)
+
+    def too_large(_: int) -> None:
+        gemm(x, weight, out, shape=GemmShape(stages=12))
+
+    race = CardRace(torch.cuda.current_device())
+    contestants = {"once": once, "twice": twice, "too large": too_large}
+    burst_us = race.burst_us(contestants)
+    assert set(burst_us) == {"once", "twice"}
+    assert 1.7 < burst_us["twice"] / burst_us["once"] < 2.3
+    limited_us = race.at_limit_us({"once": once, "twice": twice})
+    if PowerMeter().cap_w() is not None:
+        assert 1.7 < limited_us["twice"] / limited_us["once"] < 2.3
+        assert limited_us["once"] > 0.9 * burst_us["once"]

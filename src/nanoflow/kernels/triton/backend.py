@@ -18,6 +18,7 @@ from nanoflow.kernels.triton import activation, experts, gemm, launch, layout, l
 from nanoflow.kernels.triton.decode_attention import decode_attention
 from nanoflow.kernels.triton.embed import embed
 from nanoflow.kernels.triton.prefill_attention import prefill_attention
+from nanoflow.kernels.triton.product_race import CardRace
 from nanoflow.kernels.triton.products import ProductTable
 from nanoflow.kernels.triton.rope import rope_append
 from nanoflow.kernels.triton.sample import sample
@@ -42,8 +43,10 @@ class TritonKernels:
 
         Raises `ConfigError` if it is unknown.
         """
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
-        self._table = ProductTable(name, products or env.products())
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+        race = CardRace(device.index or 0)
+        self._table = ProductTable(name, race, launch.device_sms(device), products or env.products())
         # Sums in float32, rounded once, is what `linear` promises.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanoflow.kernels.triton import activation, launch
 from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved, is_describable
+from nanoflow.kernels.triton.product_race import Contestant
 from nanoflow.kernels.triton.products import LIBRARY, SHAPES, ProductKey, ProductTable, for_float32
 
 
@@ -42,19 +43,14 @@ def linear(
 ) -> None:
     """See `kernels.base.Kernels.linear`."""
 
-    def ours(shape: GemmShape, out: Tensor) -> None:
-        persistent(x_tk, weight_nk, out, bias_n, shape, accumulate=accumulate)
+    def product(shape: GemmShape | None, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        if shape is None:
+            library_linear(x, weight, out, bias_n, accumulate)
+        else:
+            persistent(x, weight, out, bias_n, shape, accumulate=accumulate)
 
-    def contestants() -> Mapping[str, Callable[[], None]]:
-        scratch = torch.zeros_like(out_tn)
-        race = {name: (lambda shape=shape: ours(shape, scratch)) for name, shape in SHAPES.items()}
-        return {LIBRARY: lambda: library_linear(x_tk, weight_nk, scratch, bias_n, accumulate)} | race
-
-    shape = _chosen(table, "accumulate" if accumulate else "plain", x_tk, weight_nk, out_tn, bias_n, contestants)
-    if shape is None:
-        library_linear(x_tk, weight_nk, out_tn, bias_n, accumulate)
-    else:
-        ours(shape, out_tn)
+    kind = "accumulate" if accumulate else "plain"
+    product(_chosen(table, kind, x_tk, weight_nk, out_tn, bias_n, product), x_tk, weight_nk, out_tn)
 
 
 def linear_silu_mul(
@@ -62,24 +58,15 @@ def linear_silu_mul(
 ) -> None:
     """See `kernels.base.Kernels.linear_silu_mul`; the rows of `weight_nk` are interleaved, `bias_n` is not."""
 
-    def in_memory(out: Tensor) -> None:
-        bias = None if bias_n is None else interleaved(bias_n[:, None])[:, 0]
-        library_linear(x_tk, weight_nk, gate_up_tn, bias, accumulate=False)
-        activation.silu_mul(gate_up_tn, out, interleaved=True)
+    def product(shape: GemmShape | None, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        if shape is None:
+            bias = None if bias_n is None else interleaved(bias_n[:, None])[:, 0]
+            library_linear(x, weight, gate_up_tn, bias, accumulate=False)
+            activation.silu_mul(gate_up_tn, out, interleaved=True)
+        else:
+            persistent(x, weight, out, bias_n, shape, silu_mul=True)
 
-    def ours(shape: GemmShape, out: Tensor) -> None:
-        persistent(x_tk, weight_nk, out, bias_n, shape, silu_mul=True)
-
-    def contestants() -> Mapping[str, Callable[[], None]]:
-        scratch = torch.empty_like(out_tf)
-        race = {name: (lambda shape=shape: ours(shape, scratch)) for name, shape in SHAPES.items()}
-        return {LIBRARY: lambda: in_memory(scratch)} | race
-
-    shape = _chosen(table, "silu_mul", x_tk, weight_nk, out_tf, bias_n, contestants)
-    if shape is None:
-        in_memory(out_tf)
-    else:
-        ours(shape, out_tf)
+    product(_chosen(table, "silu_mul", x_tk, weight_nk, out_tf, bias_n, product), x_tk, weight_nk, out_tf)
 
 
 def persistent(
@@ -105,11 +92,30 @@ def _chosen(
     weight_nk: Tensor,
     out: Tensor,
     bias_n: Tensor | None,
-    contestants: Callable[[], Mapping[str, Callable[[], None]]],
+    product: Callable[[GemmShape | None, Tensor, Tensor, Tensor], None],
 ) -> GemmShape | None:
-    """The table's choice; the library where our product does not apply."""
+    """The table's choice; the library (None) where our product does not apply.
+
+    `product` takes a choice and operands like `x_tk`, `weight_nk` and `out`, for a race.
+    """
     if not x_tk.is_cuda or x_tk.element_size() != 2 or not all(map(is_describable, (x_tk, weight_nk, out))):
         return None
+
+    def contestants() -> Mapping[str, Contestant]:
+        x, scratch = torch.randn_like(x_tk), torch.zeros_like(out)
+        weights = [weight_nk, *(weight_nk.clone() for _ in range(_copies(weight_nk) - 1))]
+
+        def contestant(shape: GemmShape | None) -> Contestant:
+            return lambda k: product(shape, x, weights[k % len(weights)], scratch)
+
+        return {LIBRARY: contestant(None)} | {name: contestant(shape) for name, shape in SHAPES.items()}
+
     (n, k), n_sms = weight_nk.shape, launch.lane_sms(x_tk.device)
     kind = kind if bias_n is None else f"{kind} bias"
     return table.choose(ProductKey(kind, n, k, x_tk.shape[0], n_sms, x_tk.dtype, out.dtype), contestants)
+
+
+def _copies(weight_nk: Tensor) -> int:
+    """How many such weights no L2 cache holds, so that each launch reads its weight from memory, as in a model."""
+    l2_bytes = int(torch.cuda.get_device_properties(weight_nk.device).L2_cache_size)
+    return 1 + l2_bytes // (weight_nk.numel() * weight_nk.element_size())
