@@ -1,11 +1,13 @@
 """Collectives between GPUs of one host, by every implementation: alone, and beside a matrix product.
 
-    PYTHONPATH=src python benchmarks/collectives_cuda.py [--ranks 2] [--sizes 0.5 1 2 … 64] [--json out.json]
+    PYTHONPATH=src python benchmarks/collectives_cuda.py [--ranks 2] [--sizes 0.5 1 … 64] [--only KIND …] [--json FILE]
 
-It starts its own ranks. A time is the mean of one call in a recording of several, the slowest rank's, median of some
-replays. Beside a product, two numbers say how well the two share the GPU (1: not disturbed at all): `P coll` is the
-collective's time alone over its time beside the product, `P gemm` the product's speed while a collective runs, over its
-speed alone. Every result is checked once against sums that can be computed without communication.
+`all_reduce+norm` is an all-reduce and the RMSNorm that follows it: as two kernels, or (`…_norm`) as one, of so many
+blocks (`--blocks`). It starts its own ranks. A time is the mean of one call in a recording of several, the slowest
+rank's, median of some replays. Beside a product, two numbers say how well the two share the GPU (1: not disturbed at
+all): `P coll` is the collective's time alone over its time beside the product, `P gemm` the product's speed while a
+collective runs, over its speed alone. Every result is checked once against sums that can be computed without
+communication.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +28,9 @@ from torch import Tensor
 
 from nanoflow.distributed.collectives import LIBRARY, Collectives
 from nanoflow.distributed.group import Groups, open_groups
-from nanoflow.distributed.symmetric import open_symmetric
+from nanoflow.distributed.reduce_norm import BLOCKS, ReduceNorm
+from nanoflow.distributed.symmetric import SymmetricMemory, open_symmetric
+from nanoflow.kernels.triton.norm import rms_norm
 
 BF16 = torch.bfloat16
 WIDTH = 8192
@@ -34,13 +39,15 @@ WIDTH = 8192
 CALLS = 10
 REPLAYS = 9
 TINY = 2.0**-120
-"""Scale of the random data: a message reduced again and again doubles each time, some 190 times before it is filled anew."""
+"""Scale of the random data: a message that is reduced again and again doubles each time, some 190 times in all."""
 
 GEMM = (2048, 8192, 7168)
 """Tokens, outputs and inputs of the product beside: a down projection of Llama-3-70B on four ranks."""
 
 REDUCERS = (LIBRARY, "one_shot", "two_shot")
 GATHERERS = (LIBRARY, "copy_engine")
+KINDS = ("all_reduce", "all_reduce+norm", "all_gather")
+EPS = 1e-5
 
 
 @dataclass
@@ -60,7 +67,7 @@ class Row:
 class Bench:
     """One rank's streams, buffers and timers."""
 
-    def __init__(self, groups: Groups, device: torch.device, largest: int) -> None:
+    def __init__(self, groups: Groups, device: torch.device, largest: int, blocks: list[int]) -> None:
         self.groups = groups
         self.device = device
         self.network = torch.cuda.Stream(device, priority=-1)
@@ -69,6 +76,15 @@ class Bench:
         lanes, allocate = open_symmetric(groups, device, names, scratch_bytes=largest)
         self.collectives: dict[str, Collectives] = {name: lanes.at(0, name) for name in (LIBRARY, *names)}
         self.x = allocate((largest // 2,), BF16)
+        memory = SymmetricMemory(device)
+        self.fused_x = memory.empty((largest // 2,), BF16, [groups.lanes[0]])
+        room = largest * (groups.size - 1)  # one-shot for messages of every size: this is to see from where it loses
+        self.fused: dict[str, Callable[..., None]] = {}
+        for n in blocks:
+            one = ReduceNorm(groups.lanes[0], memory, one_shot_bytes=room, blocks=n)
+            self.fused |= {f"one_shot_norm {n}": one.one_shot, f"two_shot_norm {n}": one.two_shot}
+        self.weight = torch.ones(WIDTH, dtype=BF16, device=device)
+        self.normed = torch.empty(largest // 2, dtype=BF16, device=device)
         self.out = torch.empty(groups.size * largest // 2, dtype=BF16, device=device)
         n_tokens, n_out, n_in = GEMM
         self.a = torch.randn(n_tokens, n_in, device=device).to(BF16)
@@ -120,24 +136,39 @@ class Bench:
             wholes.append(self.slowest(whole()) - n_gemms * CALLS * self.gemm_us)
         return statistics.median(times), max(0.0, statistics.median(wholes))
 
-    def measure(self, kind: str, name: str, n_bytes: int) -> Row:
-        """One collective of messages of `n_bytes` by implementation `name`."""
-        collectives, ranks = self.collectives[name], self.groups.size
-        message = self.x[: n_bytes // 2].view(-1, WIDTH)
-        whole = self.out[: ranks * n_bytes // 2].view(ranks, -1, WIDTH)
-        self._check(kind, collectives, message, whole)
-        message.normal_().mul_(TINY)
+    def implementations(self, kind: str) -> tuple[str, ...]:
+        """What there is for a kind of collective."""
+        return {"all_reduce": REDUCERS, "all_reduce+norm": (*REDUCERS, *self.fused), "all_gather": GATHERERS}[kind]
+
+    def call_of(self, kind: str, name: str, message: Tensor, whole: Tensor) -> Callable[[], None]:
+        """One collective, and the norm where the kind has one."""
+        normed = self.normed[: message.numel()].view_as(message)
+        if name in self.fused:
+            return partial(self.fused[name], message, self.weight, EPS, normed)
+        collectives = self.collectives[name]
 
         def call() -> None:
-            if kind == "all_reduce":
-                collectives.all_reduce(message)
-            else:
+            if kind == "all_gather":
                 collectives.all_gather(message, whole)
+            else:
+                collectives.all_reduce(message)
+            if kind == "all_reduce+norm":
+                rms_norm(message, self.weight, EPS, normed)
 
+        return call
+
+    def measure(self, kind: str, name: str, n_bytes: int) -> Row:
+        """One collective of messages of `n_bytes` by implementation `name`."""
+        ranks = self.groups.size
+        message = (self.fused_x if name in self.fused else self.x)[: n_bytes // 2].view(-1, WIDTH)
+        whole = self.out[: ranks * n_bytes // 2].view(ranks, -1, WIDTH)
+        call = self.call_of(kind, name, message, whole)
+        self._check(kind, name, call, message, whole)
+        message.normal_().mul_(TINY)
         graph = self.captured(call, self.network, CALLS)
         alone = self.alone_us(graph, self.network)
         beside, lost = self.beside_us(graph, alone)
-        wire = n_bytes * (ranks - 1) * (2 / ranks if kind == "all_reduce" else 1)
+        wire = n_bytes * (ranks - 1) * (1 if kind == "all_gather" else 2 / ranks)
         return Row(
             collective=kind,
             implementation=name,
@@ -149,20 +180,23 @@ class Bench:
             p_gemm=max(0.0, 1.0 - lost / beside),
         )
 
-    def _check(self, kind: str, collectives: Collectives, message: Tensor, whole: Tensor) -> None:
+    def _check(self, kind: str, name: str, call: Callable[[], None], message: Tensor, whole: Tensor) -> None:
         rank, ranks = self.groups.rank, self.groups.size
         pattern = (torch.arange(message.numel(), device=self.device) % 7).view_as(message).to(BF16)
         self.together()
         with torch.cuda.stream(self.network):
             message.copy_(pattern * (rank + 1))
-            if kind == "all_reduce":
-                collectives.all_reduce(message)
-                right = torch.equal(message, pattern * (ranks * (ranks + 1) // 2))
-            else:
-                collectives.all_gather(message, whole)
+            call()
+            if kind == "all_gather":
                 right = all(torch.equal(whole[other], pattern * (other + 1)) for other in range(ranks))
+            else:
+                right = torch.equal(message, pattern * (ranks * (ranks + 1) // 2))
+            if kind == "all_reduce+norm":
+                wanted = torch.nn.functional.rms_norm(message.float(), (WIDTH,), eps=EPS)
+                found = self.normed[: message.numel()].view_as(message).float()
+                right = right and torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
         self.together()
-        assert right, f"{kind} by {collectives.name} gives wrong numbers"
+        assert right, f"{kind} by {name} gives wrong numbers"
 
 
 def _timed(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, n: int) -> Callable[[], float]:
@@ -187,21 +221,23 @@ def run_rank(rank: int, args: argparse.Namespace, meeting_place: str) -> None:
     torch.cuda.set_device(device)
     groups = open_groups(Path(meeting_place), rank, args.ranks, device, [0])
     sizes = [round(mebibytes * 2**20) // (2 * WIDTH) * 2 * WIDTH for mebibytes in args.sizes]
-    bench = Bench(groups, device, max(sizes))
+    bench = Bench(groups, device, max(sizes), args.blocks)
     rows = []
     if rank == 0:
         tflops = 2e-6 * GEMM[0] * GEMM[1] * GEMM[2] / bench.gemm_us
         print(f"{args.ranks} × {torch.cuda.get_device_name(device)}, torch {torch.__version__}")
         print(f"product beside: {GEMM[0]}×{GEMM[1]}×{GEMM[2]} bf16, {bench.gemm_us:.0f} us, {tflops:.0f} TFLOP/s")
-        print("collective  implementation      MiB        us   GB/s a GPU  beside us  P coll  P gemm", flush=True)
-    for kind, names in (("all_reduce", REDUCERS), ("all_gather", GATHERERS)):
+        print(
+            "collective      implementation         MiB        us   GB/s a GPU  beside us  P coll  P gemm", flush=True
+        )
+    for kind in args.only:
         for n_bytes in sizes:
-            for name in names:
+            for name in bench.implementations(kind):
                 row = bench.measure(kind, name, n_bytes)
                 rows.append(row)
                 if rank == 0:
                     print(
-                        f"{kind:11} {name:14} {row.mebibytes:8.1f} {row.us:9.1f} {row.wire_gb_per_s:12.0f} "
+                        f"{kind:15} {name:17} {row.mebibytes:8.1f} {row.us:9.1f} {row.wire_gb_per_s:12.0f} "
                         f"{row.beside_us:10.1f} {row.p_collective:7.2f} {row.p_gemm:7.2f}",
                         flush=True,
                     )
@@ -217,6 +253,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 1, 2, 4, 8, 16, 32, 64], metavar="MIB")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds (default: all)")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[BLOCKS], help="of the fused kernels")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.pipeline.baselines import nano_batches, network_overlap, sequential
@@ -55,6 +57,36 @@ def lagging(graph: LayerGraph) -> Pipeline:
     return Pipeline("lagging", DENSE_BATCH, lanes, tuple(nano_ops))
 
 
+def with_norms(pipeline: Pipeline, name: str, variants: dict[Op, str], rows: tuple[int, int]) -> Pipeline:
+    """`pipeline` where the all-reduces of `variants` that work on some of `rows` leave them normed."""
+
+    def changed(nano: NanoOp) -> NanoOp:
+        fuses = nano.op in variants and nano.start < rows[1] and rows[0] < nano.stop
+        return replace(nano, variant=variants[nano.op]) if fuses else nano
+
+    return replace(pipeline, name=name, nano_ops=tuple(map(changed, pipeline.nano_ops)))
+
+
+FUSED = {Op.O_REDUCE: "two_shot_norm", Op.FFN_REDUCE: "one_shot_norm"}
+
+
+def fused(graph: LayerGraph) -> Pipeline:
+    """Every norm between two layers or halves of one comes with the all-reduce before it."""
+    return with_norms(network_overlap(graph, DENSE_BATCH), "fused", FUSED, (0, DENSE_BATCH))
+
+
+def partly_fused(graph: LayerGraph) -> Pipeline:
+    """All-reduces are cut finer than what reads them, and of some rows alone norm as well."""
+    whole, cut = sequential(graph, DENSE_BATCH), {Op.O_REDUCE: [0, 7, 24], Op.FFN_REDUCE: [0, 11, 24]}
+    nano_ops: list[NanoOp] = []
+    for nano in whole.nano_ops:
+        edges = cut.get(nano.op, [0, 24])
+        nano_ops += [replace(nano, start=a, stop=b) for a, b in pairwise(edges)]
+    finer = replace(whole, nano_ops=tuple(nano_ops))
+    normed_feed_forward = with_norms(finer, "partly-fused", {Op.O_REDUCE: "two_shot_norm"}, (0, 24))
+    return with_norms(normed_feed_forward, "partly-fused", {Op.FFN_REDUCE: "one_shot_norm"}, (0, 7))
+
+
 PIPELINES: dict[str, Callable[[LayerGraph], Pipeline]] = {
     "sequential": lambda graph: sequential(graph, DENSE_BATCH),
     "nano-batches": lambda graph: nano_batches(graph, DENSE_BATCH, [7, 12]),
@@ -62,4 +94,6 @@ PIPELINES: dict[str, Callable[[LayerGraph], Pipeline]] = {
     "gathering": gathering,
     "overlapped": overlapped,
     "lagging": lagging,
+    "fused": fused,
+    "partly-fused": partly_fused,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed.distributed_c10d as _c10d
@@ -18,10 +18,14 @@ from torch import Tensor
 
 from nanoflow.core.errors import PipelineError
 from nanoflow.distributed.group import Group
+from nanoflow.kernels.reference import ReferenceKernels
 
 c10d: Any = _c10d
 LIBRARY = "library"
 """Gloo on a CPU, NCCL on a GPU: always there, and what an empty variant means."""
+
+NORMING = ("one_shot_norm", "two_shot_norm")
+"""Implementations that are `NormingCollectives`: an all-reduce of theirs leaves its rows normed as well."""
 
 
 class Collectives(Protocol):
@@ -39,6 +43,15 @@ class Collectives(Protocol):
 
     def reduce_scatter(self, parts_ntd: Tensor, out_td: Tensor) -> None:
         """out = Σ over ranks of their parts[own rank]; both contiguous."""
+        ...
+
+
+@runtime_checkable
+class NormingCollectives(Collectives, Protocol):
+    """Those that can do the norm which follows an all-reduce of the residual stream along with it."""
+
+    def all_reduce_norm(self, x_td: Tensor, weight_d: Tensor, eps: float, out_td: Tensor) -> None:
+        """x as by `all_reduce`, then out = x / sqrt(mean(x²) + eps) · weight, in float32 inside; contiguous."""
         ...
 
 
@@ -68,6 +81,20 @@ class LibraryCollectives:
     def _finish(self, work: Any) -> None:
         if work is not None:  # NCCL: lets the current stream wait, not this thread
             work.wait()
+
+
+class NormingLibrary(LibraryCollectives):
+    """Implements `NormingCollectives` one after the other, in plain torch: what the fused kernels are compared with."""
+
+    def __init__(self, group: Group, name: str) -> None:
+        super().__init__(group)
+        self.name = name
+        self._norm = ReferenceKernels().rms_norm
+
+    def all_reduce_norm(self, x_td: Tensor, weight_d: Tensor, eps: float, out_td: Tensor) -> None:
+        """See `NormingCollectives.all_reduce_norm`."""
+        self.all_reduce(x_td)
+        self._norm(x_td, weight_d, eps, out_td)
 
 
 def _on_this_stream(options: Any) -> Any:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,20 @@ class Group:
     handle: Any
 
 
+def _refuse(lane: int) -> Group:
+    raise AssertionError(f"lane {lane} has no group, and these groups cannot open one")
+
+
 @dataclass(frozen=True)
 class Groups:
-    """All groups of one rank: `control` (always gloo, for decisions of the host) and one a lane."""
+    """All groups of one rank: `control` (always gloo, for decisions of the host) and one a lane.
+
+    `open_lane` opens the group of a lane that has none yet.
+    """
 
     control: Group
     lanes: dict[int, Group]
+    open_lane: Callable[[int], Group] = field(default=_refuse, repr=False)
 
     @property
     def rank(self) -> int:
@@ -67,13 +75,23 @@ class Groups:
     def size(self) -> int:
         return self.control.size
 
+    def of_lanes(self, lanes: Collection[int]) -> Groups:
+        """The groups of `lanes` alone. Those that are missing are opened, in which every rank must take part."""
+        for lane in sorted(set(lanes) - self.lanes.keys()):
+            self.lanes[lane] = self.open_lane(lane)
+        return replace(self, lanes={lane: self.lanes[lane] for lane in sorted(set(lanes))})
+
     def smallest(self, value: int) -> int:
         """The smallest `value` of all ranks; every rank must ask."""
-        tensor = torch.tensor([value], dtype=torch.int64)
+        return -self.largest([-value])[0]
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of all ranks, for each place of `values`; every rank must ask, with as many."""
+        tensor = torch.tensor(values, dtype=torch.int64)
         options = c10d.AllreduceOptions()
-        options.reduceOp = c10d.ReduceOp.MIN
+        options.reduceOp = c10d.ReduceOp.MAX
         self.control.handle.allreduce([tensor], options).wait()
-        return int(tensor.item())
+        return [int(value) for value in tensor.tolist()]
 
     def abort(self) -> None:
         """Leave all groups; collectives of GPUs that hang, because another rank has gone, are given up. Idempotent.
@@ -96,13 +114,17 @@ def open_groups(meeting_place: Path, rank: int, size: int, device: torch.device,
     cpu = torch.device("cpu")
     store = _FileStore(str(meeting_place), size)
     control = Group("control", rank, size, cpu, _gloo(c10d.PrefixStore("control", store), rank, size, START_TIMEOUT))
-    if device.type == "cpu":
-        opened = {
-            lane: Group(f"lane-{lane}", rank, size, cpu, _gloo(_prefixed(store, lane), rank, size, LANE_TIMEOUT))
-            for lane in lanes
-        }
-        return Groups(control, opened)
-    return Groups(control, _nccl(store, rank, size, device, lanes))
+    if device.type != "cpu":
+        _start_nccl(store, rank, size, device)
+
+    def open_lane(lane: int) -> Group:
+        if device.type == "cpu":
+            handle = _gloo(_prefixed(store, lane), rank, size, LANE_TIMEOUT)
+        else:
+            handle = dist.new_group(backend="nccl", timeout=START_TIMEOUT)
+        return Group(f"lane-{lane}", rank, size, device, handle)
+
+    return Groups(control, {lane: open_lane(lane) for lane in lanes}, open_lane)
 
 
 def _prefixed(store: Any, lane: int) -> Any:
@@ -118,7 +140,7 @@ def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     return c10d.ProcessGroupGloo(store, rank, size, options)
 
 
-def _nccl(store: Any, rank: int, size: int, device: torch.device, lanes: Iterable[int]) -> dict[int, Group]:
+def _start_nccl(store: Any, rank: int, size: int, device: torch.device) -> None:
     if not dist.is_nccl_available():
         raise ConfigError("this torch was built without NCCL; install a CUDA build, or drop tensor_parallel_size.")
     if dist.is_initialized():
@@ -133,7 +155,3 @@ def _nccl(store: Any, rank: int, size: int, device: torch.device, lanes: Iterabl
         timeout=START_TIMEOUT,
         device_id=device,
     )
-    return {
-        lane: Group(f"lane-{lane}", rank, size, device, dist.new_group(backend="nccl", timeout=START_TIMEOUT))
-        for lane in lanes
-    }

@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.errors import ConfigError
-from nanoflow.distributed.collectives import LIBRARY, Allocate, LaneCollectives, LibraryCollectives
-from nanoflow.distributed.group import Groups
+from nanoflow.distributed.collectives import (
+    LIBRARY,
+    NORMING,
+    Allocate,
+    Collectives,
+    LaneCollectives,
+    LibraryCollectives,
+    NormingLibrary,
+)
+from nanoflow.distributed.group import Group, Groups
 
-SYMMETRIC = ("one_shot", "two_shot", "copy_engine")
+SYMMETRIC = ("one_shot", "two_shot", "copy_engine", *NORMING)
 """Implementations on symmetric memory, of GPUs that reach each other's."""
 
 
@@ -26,14 +34,21 @@ def open_collectives(
     unknown = sorted(set(wanted) - set(SYMMETRIC))
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is no kind of collectives; there are {', '.join((LIBRARY, *SYMMETRIC))}.")
-    if not wanted:
-        plain = {lane: {LIBRARY: LibraryCollectives(group)} for lane, group in groups.lanes.items()}
+    refused = sorted(set(wanted) - set(NORMING))
+    if refused and device.type != "cuda":
+        here = ", ".join((LIBRARY, *NORMING))
+        raise ConfigError(f"{refused[0]!r} collectives need GPUs; on a CPU a pipeline names none, or {here}.")
+    if not wanted or device.type != "cuda":
+        plain = {lane: _by_library(group, wanted) for lane, group in groups.lanes.items()}
         return LaneCollectives(plain), _allocator(device)
-    if device.type != "cuda":
-        raise ConfigError(f"{wanted[0]!r} collectives need GPUs; on a CPU a pipeline names none, or {LIBRARY}.")
     from nanoflow.distributed.symmetric import open_symmetric
 
     return open_symmetric(groups, device, wanted)
+
+
+def _by_library(group: Group, norming: Collection[str]) -> dict[str, Collectives]:
+    plain: dict[str, Collectives] = {LIBRARY: LibraryCollectives(group)}
+    return plain | {name: NormingLibrary(group, name) for name in norming}
 
 
 def _allocator(device: torch.device) -> Allocate:

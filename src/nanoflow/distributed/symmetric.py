@@ -5,6 +5,7 @@ All of them are recorded in graphs, since a call is kernels and copies on the cu
 - `one_shot`: each GPU reads everything from all others and adds; least latency, most bytes; for small messages.
 - `two_shot`: each GPU adds its part of the rows and the others read it; in place in the residual stream.
 - `copy_engine`: an all-gather by copies between GPUs, which take no multiprocessors; its all-reduce is `two_shot`'s.
+- `one_shot_norm`, `two_shot_norm`: the all-reduce and the RMSNorm that follows it in one kernel of our own.
 
 Written against torch 2.11 (`torch.distributed._symmetric_memory`, `torch.ops.symm_mem`). Multicast variants are left
 out on purpose: NVLink multicast stays off.
@@ -29,6 +30,7 @@ from nanoflow.distributed.collectives import (
     LibraryCollectives,
 )
 from nanoflow.distributed.group import Group, Groups
+from nanoflow.distributed.reduce_norm import BLOCKS, ONE_SHOT_BYTES, ReduceNorm
 
 SCRATCH_BYTES = 64 << 20
 """Symmetric memory of a lane for messages that do not lie in it already."""
@@ -47,7 +49,7 @@ class SymmetricMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._module = _symm_mem()
-        self._shared: list[tuple[int, int]] = []
+        self._shared: list[Tensor] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, groups: Collection[Group]) -> Tensor:
         """A buffer that collectives of `groups` can work on in place. Every rank must call it alike."""
@@ -56,17 +58,24 @@ class SymmetricMemory:
         buffer: Tensor = self._module._SymmetricMemory.empty_strided_p2p(shape, strides, dtype, self._device)
         for group in groups:
             self._module.rendezvous(buffer, group.handle)
-        self._shared.append((buffer.data_ptr(), buffer.data_ptr() + buffer.numel() * buffer.element_size()))
+        self._shared.append(buffer)
         return buffer
 
     def handle(self, buffer: Tensor, group: Group) -> Any:
         """Torch's handle of a buffer that `empty` made: addresses of all ranks' copies, and barriers."""
         return self._module.rendezvous(buffer, group.handle)
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` lies in one of the buffers."""
+    def addresses(self, buffer: Tensor, group: Group) -> list[int]:
+        """Where each rank's copy of a buffer that `empty` made begins in this process."""
+        return [int(address) for address in self.handle(buffer, group).buffer_ptrs]
+
+    def buffer_of(self, tensor: Tensor) -> Tensor | None:
+        """The buffer that `tensor` lies in; None if it lies in none."""
         start = tensor.data_ptr()
-        return any(first <= start < end for first, end in self._shared)
+        for buffer in self._shared:
+            if buffer.data_ptr() <= start < buffer.data_ptr() + buffer.numel() * buffer.element_size():
+                return buffer
+        return None
 
 
 class _OnLibrary:
@@ -122,7 +131,7 @@ class TwoShot(_OnLibrary):
         """See `Collectives.all_reduce`."""
         n_bytes = x_td.numel() * x_td.element_size()
         aligned = n_bytes % (_VECTOR_BYTES * self._group.size) == 0 and x_td.data_ptr() % _VECTOR_BYTES == 0
-        if aligned and self._memory.holds(x_td):
+        if aligned and self._memory.buffer_of(x_td) is not None:
             torch.ops.symm_mem.two_shot_all_reduce_(x_td, "sum", self._group_name)
             return
         staging = self._staging(x_td)
@@ -159,15 +168,53 @@ class CopyEngine(TwoShot):
         self._handle.barrier()  # nobody writes its scratch again before all have read it
 
 
-IMPLEMENTATIONS = {kind.name: kind for kind in (OneShot, TwoShot, CopyEngine)}
+class TwoShotNorm(TwoShot):
+    """All-reduce and norm in one kernel: each GPU adds its share of the rows, all norm rows as they arrive."""
+
+    name = "two_shot_norm"
+
+    def __init__(self, group: Group, memory: SymmetricMemory, scratch: Tensor, fused: ReduceNorm) -> None:
+        super().__init__(group, memory, scratch)
+        self._fused = fused
+
+    def all_reduce_norm(self, x_td: Tensor, weight_d: Tensor, eps: float, out_td: Tensor) -> None:
+        """See `NormingCollectives.all_reduce_norm`."""
+        self._fused.two_shot(x_td, weight_d, eps, out_td)
+
+
+class OneShotNorm(OneShot):
+    """All-reduce and norm in one kernel: each GPU sends its part to all others; long messages go in two shots."""
+
+    name = "one_shot_norm"
+
+    def __init__(self, group: Group, memory: SymmetricMemory, scratch: Tensor, fused: ReduceNorm) -> None:
+        super().__init__(group, memory, scratch)
+        self._fused = fused
+
+    def all_reduce_norm(self, x_td: Tensor, weight_d: Tensor, eps: float, out_td: Tensor) -> None:
+        """See `NormingCollectives.all_reduce_norm`."""
+        fits = x_td.numel() * x_td.element_size() <= self._fused.one_shot_bytes
+        run = self._fused.one_shot if fits else self._fused.two_shot
+        run(x_td, weight_d, eps, out_td)
+
+
+PLAIN = {kind.name: kind for kind in (OneShot, TwoShot, CopyEngine)}
+FUSED = {kind.name: kind for kind in (OneShotNorm, TwoShotNorm)}
 
 
 def open_symmetric(
-    groups: Groups, device: torch.device, names: Collection[str], *, scratch_bytes: int = SCRATCH_BYTES
+    groups: Groups,
+    device: torch.device,
+    names: Collection[str],
+    *,
+    scratch_bytes: int = SCRATCH_BYTES,
+    one_shot_bytes: int = ONE_SHOT_BYTES,
+    blocks: int = BLOCKS,
 ) -> tuple[LaneCollectives, Allocate]:
     """The library's collectives and those of `names` on every lane; buffers come from symmetric memory.
 
-    Raises `ConfigError` if the GPUs do not reach each other's memory.
+    `one_shot_bytes` and `blocks` are those of `ReduceNorm`. Raises `ConfigError` if the GPUs do not reach each other's
+    memory.
     """
     memory = SymmetricMemory(device)
     by_lane: dict[int, Mapping[str, Collectives]] = {}
@@ -175,8 +222,13 @@ def open_symmetric(
         for lane, group in sorted(groups.lanes.items()):
             scratch = memory.empty((scratch_bytes,), torch.uint8, [group])
             own: dict[str, Collectives] = {LIBRARY: LibraryCollectives(group)}
-            own |= {name: IMPLEMENTATIONS[name](group, memory, scratch) for name in sorted(names)}
+            own |= {name: PLAIN[name](group, memory, scratch) for name in sorted(names) if name in PLAIN}
+            if fused := sorted(set(names) & set(FUSED)):
+                meeting = ReduceNorm(group, memory, one_shot_bytes=one_shot_bytes, blocks=blocks)
+                own |= {name: FUSED[name](group, memory, scratch, meeting) for name in fused}
             by_lane[lane] = own
+        torch.cuda.synchronize(device)
+        groups.smallest(0)  # nobody's flags are raised before all have lowered theirs
     except RuntimeError as error:
         raise ConfigError(
             f"symmetric memory cannot be had on these GPUs ({str(error).splitlines()[0]}); use a pipeline without "

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoflow.core.errors import PipelineError
-from nanoflow.core.ops import RESOURCE, Resource
+from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.device.base import Event, Lane, Launch, Program
+from nanoflow.distributed.collectives import NORMING
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.sharded import ShardedDecoder
 from nanoflow.models.state import NanoBatch
 from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.pipeline import COPY_OPS, NanoOp, Pipeline
+
+_REDUCES = {Op.O_REDUCE, Op.FFN_REDUCE}
 
 
 def issue(launches: Sequence[Launch], lanes: Sequence[Lane], states: Sequence[Any], events: Sequence[Event]) -> None:
@@ -56,12 +59,15 @@ def build_program(
     Raises `PipelineError` if a nano-operation asks for an implementation that is not to be had.
     """
     lane_of = {lane.name: index for index, lane in enumerate(pipeline.lanes)}
-    operations = [
-        None if nano.op in COPY_OPS else _operation(decoder, nano, lane_of[nano.lane]) for nano in pipeline.nano_ops
-    ]
     state_of = {rows: index for index, rows in enumerate(pipeline.slices)}
     whole = len(state_of)
     dependencies = pipeline.dependencies(graph)
+    operations = [
+        None
+        if nano.op in COPY_OPS
+        else _operation(decoder, nano, lane_of[nano.lane], _comes_normed(pipeline, nano, graph))
+        for nano in pipeline.nano_ops
+    ]
     rows = [_Row("embed", 0, prologue, whole, [])]
     at: dict[tuple[int, int], int] = {}  # (round, nano-operation) → row
     last_layer = []
@@ -84,7 +90,17 @@ def build_program(
     return _connect(rows)
 
 
-def _operation(decoder: Decoder, nano: NanoOp, lane: int) -> Callable[[int, NanoBatch], None]:
+def _comes_normed(pipeline: Pipeline, nano: NanoOp, graph: LayerGraph) -> bool:
+    """Whether all-reduces that norm as well write every row that `nano` reads the norm of."""
+    sources = {edge.producer for edge in graph.producers(nano.op)} & _REDUCES
+    fused = sorted((one.start, one.stop) for one in pipeline.nano_ops if one.op in sources and one.variant in NORMING)
+    reached = nano.start
+    for start, stop in fused:
+        reached = max(reached, stop) if start <= reached else reached
+    return bool(fused) and reached >= nano.stop
+
+
+def _operation(decoder: Decoder, nano: NanoOp, lane: int, normed: bool) -> Callable[[int, NanoBatch], None]:
     if RESOURCE[nano.op] is Resource.NETWORK:
         assert isinstance(decoder, ShardedDecoder), "the graph of one rank has no network operations"
         return decoder.network_op(nano.op, lane, nano.variant)
@@ -93,6 +109,9 @@ def _operation(decoder: Decoder, nano: NanoOp, lane: int) -> Callable[[int, Nano
             f"the pipeline asks for the {nano.variant} form of {nano.op}, but this engine's kernels are "
             f"{decoder.kernels.name}; choose kernels={nano.variant}, or search again with these."
         )
+    if normed:
+        assert isinstance(decoder, ShardedDecoder), "one rank reduces nothing"
+        return decoder.on_normed_rows(nano.op)
     return decoder.layer_ops[nano.op]
 
 

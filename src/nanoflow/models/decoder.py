@@ -89,10 +89,11 @@ class Decoder:
         """Token ids → residual stream."""
         self.kernels.embed(nano.token_ids_t, self.weights.embedding, nano.acts.x_td)
 
-    def qkv(self, layer: int, nano: NanoBatch) -> None:
-        """Norm, project, rotate; append K and V to the pages."""
+    def qkv(self, layer: int, nano: NanoBatch, *, normed: bool = False) -> None:
+        """Norm (unless `h` is `normed` already), project, rotate; append K and V to the pages."""
         acts, w, spec = nano.acts, self.weights.layers[layer], self.spec
-        self.kernels.rms_norm(acts.x_td, w.attn_norm_d, spec.norm_eps, acts.h_td)
+        if not normed:
+            self.kernels.rms_norm(acts.x_td, w.attn_norm_d, spec.norm_eps, acts.h_td)
         self.kernels.linear(acts.h_td, w.qkv, acts.qkv_tn, bias_n=w.qkv_bias_n)
         self.kernels.rope_append(
             acts.qkv_tn,
@@ -138,11 +139,12 @@ class Decoder:
         assert w.o is not None
         self.kernels.linear(nano.acts.attn_tq, w.o, nano.acts.x_td, bias_n=w.o_bias_d, accumulate=True)
 
-    def gate_up(self, layer: int, nano: NanoBatch) -> None:
-        """Norm, gate and up projections, SiLU · mul."""
+    def gate_up(self, layer: int, nano: NanoBatch, *, normed: bool = False) -> None:
+        """Norm (unless `h` is `normed` already), gate and up projections, SiLU · mul."""
         acts, w = nano.acts, self.weights.layers[layer]
         assert w.gate_up is not None
-        self.kernels.rms_norm(acts.x_td, w.ffn_norm_d, self.spec.norm_eps, acts.h_td)
+        if not normed:
+            self.kernels.rms_norm(acts.x_td, w.ffn_norm_d, self.spec.norm_eps, acts.h_td)
         self.kernels.linear_silu_mul(acts.h_td, w.gate_up, acts.gate_up_tn, acts.act_tf, bias_n=w.gate_up_bias_n)
 
     def down(self, layer: int, nano: NanoBatch) -> None:

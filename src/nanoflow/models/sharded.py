@@ -4,6 +4,9 @@ The residual stream is whole on every rank. Where ranks have partial sums, rank 
 others put theirs in place of it, so that one all-reduce of the stream itself joins them: nothing is copied or added
 afterwards. Columns of the O projection are gathered into a buffer, then added.
 
+The norm at the head of an operation may come with the all-reduce before it (`NormingCollectives`): the rows are then
+in `h` already. Before the first layer and after the last there is no such all-reduce.
+
 Legend: t tokens, d model width, q query width, n ranks, s sampling rows, v vocabulary.
 """
 
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.ops import Op
-from nanoflow.distributed.collectives import Allocate, Collectives, LaneCollectives
+from nanoflow.distributed.collectives import Allocate, Collectives, LaneCollectives, NormingCollectives
 from nanoflow.distributed.sampling import choose
 from nanoflow.distributed.sharding import Shard, Span, shard_of
 from nanoflow.kernels.base import Kernels
@@ -54,8 +57,13 @@ class ShardedDecoder(Decoder):
         self._network_ops: dict[Op, Callable[[Collectives, int, NanoBatch], None]] = {
             Op.ATTENTION_GATHER: self.attention_gather,
             Op.O_GATHER: self.o_gather,
-            Op.O_REDUCE: self.reduce,
-            Op.FFN_REDUCE: self.reduce,
+            Op.O_REDUCE: self.o_reduce,
+            Op.FFN_REDUCE: self.ffn_reduce,
+        }
+        self._on_normed_rows: dict[Op, Callable[[int, NanoBatch], None]] = {
+            Op.QKV: lambda layer, nano: self.qkv(layer, nano, normed=layer > 0),
+            Op.GATE_UP: partial(self.gate_up, normed=True),
+            Op.EXPERTS: partial(self.experts, normed=True),
         }
 
     def network_op(self, op: Op, lane: int, variant: str) -> Callable[[int, NanoBatch], None]:
@@ -64,6 +72,10 @@ class ShardedDecoder(Decoder):
         Raises `PipelineError` for collectives that this engine does not have.
         """
         return partial(self._network_ops[op], self._collectives.at(lane, variant))
+
+    def on_normed_rows(self, op: Op) -> Callable[[int, NanoBatch], None]:
+        """What runs `op` (one that begins with a norm) where all-reduces have left its rows normed."""
+        return self._on_normed_rows[op]
 
     def activations(
         self, n_tokens: int, dtype: torch.dtype, device: torch.device, residual_dtype: torch.dtype
@@ -111,21 +123,34 @@ class ShardedDecoder(Decoder):
         assert w.down is not None
         self.kernels.linear(acts.act_tf, w.down, acts.x_td, bias_n=w.down_bias_d, accumulate=self.shard.holds_residual)
 
-    def experts(self, layer: int, nano: NanoBatch) -> None:
-        """Norm, router and the rank's part of the chosen experts: a partial sum."""
+    def experts(self, layer: int, nano: NanoBatch, *, normed: bool = False) -> None:
+        """Norm (unless `h` is `normed`), router and the rank's part of the chosen experts: a partial sum."""
         acts, w = nano.acts, self.weights.layers[layer]
         if w.experts is None:
-            self.gate_up(layer, nano)
+            self.gate_up(layer, nano, normed=normed)
             self.down(layer, nano)
             return
-        self.kernels.rms_norm(acts.x_td, w.ffn_norm_d, self.spec.norm_eps, acts.h_td)
+        if not normed:
+            self.kernels.rms_norm(acts.x_td, w.ffn_norm_d, self.spec.norm_eps, acts.h_td)
         if not self.shard.holds_residual:
             acts.x_td.zero_()
         self.kernels.experts(acts.h_td, w.experts, acts.x_td)
 
-    def reduce(self, collectives: Collectives, layer: int, nano: NanoBatch) -> None:
-        """Partial sums → residual stream, on all ranks."""
-        collectives.all_reduce(nano.acts.x_td)
+    def o_reduce(self, collectives: Collectives, layer: int, nano: NanoBatch) -> None:
+        """Partial sums of `o` → residual stream, on all ranks; normed for the feed-forward if the collectives can."""
+        self._reduce(collectives, nano, self.weights.layers[layer].ffn_norm_d)
+
+    def ffn_reduce(self, collectives: Collectives, layer: int, nano: NanoBatch) -> None:
+        """Partial sums of the feed-forward → residual stream, on all ranks; normed for the next layer's QKV."""
+        following = self.weights.layers[layer + 1 : layer + 2]
+        self._reduce(collectives, nano, following[0].attn_norm_d if following else None)
+
+    def _reduce(self, collectives: Collectives, nano: NanoBatch, norm_d: Tensor | None) -> None:
+        acts = nano.acts
+        if norm_d is None or not isinstance(collectives, NormingCollectives):
+            collectives.all_reduce(acts.x_td)
+        else:
+            collectives.all_reduce_norm(acts.x_td, norm_d, self.spec.norm_eps, acts.h_td)
 
     def attention_gather(self, collectives: Collectives, layer: int, nano: NanoBatch) -> None:
         """Attention output of all heads, on all ranks."""
