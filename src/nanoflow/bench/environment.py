@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nanoflow
 from nanoflow.bench.result import MachineInfo, ModelInfo
 from nanoflow.core import env
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.hardware import MachineRates
-from nanoflow.engine.build import Engine
 from nanoflow.profiling.fingerprint import machine_fingerprint
+
+if TYPE_CHECKING:
+    from nanoflow.engine.build import Engine
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "aiohttp")
 

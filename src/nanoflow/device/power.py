@@ -41,7 +41,21 @@ class PowerMeter:
 
     def cap_w(self) -> float | None:
         """The enforced power limit in watts."""
-        return None if self._nvml is None else float(self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle)) / 1e3
+        milliwatts = self._reading("nvmlDeviceGetEnforcedPowerLimit")
+        return None if milliwatts is None else milliwatts / 1e3
+
+    def sm_clock_mhz(self) -> float | None:
+        """The clock of the multiprocessors at this moment."""
+        return self._reading("nvmlDeviceGetClockInfo", 1)
+
+    def _reading(self, name: str, *arguments: int) -> float | None:
+        """What one of NVML's functions says of this card; None where the card does not tell."""
+        if self._nvml is None:
+            return None
+        try:
+            return float(getattr(self._nvml, name)(self._handle, *arguments))
+        except self._nvml.NVMLError:
+            return None
 
 
 class TickedPower:
