@@ -93,9 +93,10 @@ def back_to_back(
         go()
         count += 1
         oldest = ends.popleft()
+        power.poll()
         while not oldest.query():  # the counter's ticks are timed by when they are seen: keep looking
-            power.poll()
             time.sleep(_LOOK_AGAIN_S)
+            power.poll()
     last = ends[-1]
     last.synchronize()
     return Pace(first.elapsed_time(last) / 1e3 / count, power.watts())
