@@ -1,35 +1,45 @@
-"""Two GPUs of one host: recorded collectives of every implementation give one GPU's tokens; a lost rank is told."""
+"""Two GPUs of one host: recorded collectives of every implementation give one GPU's tokens; a lost rank is told.
+
+Starting ranks is most of the time here, so a test starts one group and its pipeline mixes what can be mixed. One GPU's
+tokens are computed once a model, also when several workers of pytest-xdist share the tests.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from nanoflow.core.errors import RankFailedError
+from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.build import Engine
+from nanoflow.models.registry import resolve_model
 from nanoflow.pipeline.baselines import network_overlap
-from nanoflow.pipeline.graph import layer_graph
-from nanoflow.pipeline.pipeline import Pipeline
-from tests.distributed.pipelines import DENSE_BATCH, overlapped
+from nanoflow.pipeline.graph import LayerGraph, layer_graph
+from nanoflow.pipeline.pipeline import NanoOp, Pipeline
+from tests.distributed.pipelines import DENSE_BATCH, fused, overlapped, partly_fused
+from tests.distributed.test_reduce_norm import run_ranks
 from tests.e2e.tiny_models import make_tiny_engine, prompt_of, run, save_tiny_model
 
 pytestmark = pytest.mark.multi_gpu
 
-PROMPTS = [prompt_of(length, seed=length) for length in (1, 15, 33, 60, 5)]
+PROMPTS = [prompt_of(length, seed=length) for length in (1, 15, 33, 5)]
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=12),
-    SamplingParams(temperature=1.0, seed=3, max_tokens=12),
-    SamplingParams(temperature=0, max_tokens=12),
-    SamplingParams(temperature=1.0, seed=4, top_p=0.9, max_tokens=12),
-    SamplingParams(temperature=0, max_tokens=12, logprobs=1),
+    SamplingParams(temperature=0, max_tokens=6),
+    SamplingParams(temperature=1.0, seed=3, max_tokens=6),
+    SamplingParams(temperature=1.0, seed=4, top_p=0.9, max_tokens=6),
+    SamplingParams(temperature=0, max_tokens=6, logprobs=1),
 ]
+SMALL = {"device": "cuda", "kv_memory_bytes": 1 << 20, "max_running": 8, "max_model_len": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -37,46 +47,87 @@ def _no_races(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOFLOW_PRODUCTS", "library")
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A model, and what one GPU answers."""
+
+    folder: Path
+    tokens: list[list[int]]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return resolve_model(str(self.folder), "auto").spec
+
+
 @pytest.fixture(scope="module", params=["llama2-mha", "qwen3-moe"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    save_tiny_model(request.param, folder)
-    return folder
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Made by the first worker that needs it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, answers = base / request.param, base / f"{request.param}.json"
+    with (base / f"{request.param}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not answers.exists():
+            save_tiny_model(request.param, folder)
+            one = make(folder, dense_batch=DENSE_BATCH)
+            tokens = run(one, PROMPTS, PARAMS)
+            one.close()
+            answers.write_text(json.dumps(tokens))
+    return Reference(folder, json.loads(answers.read_text()))
 
 
 def make(folder: Path, **options: object) -> Engine:
-    return make_tiny_engine(folder, "triton", **{"device": "cuda", "dense_batch": DENSE_BATCH, **options})  # type: ignore[arg-type]
+    return make_tiny_engine(folder, "triton", **{**SMALL, **options})
 
 
-def with_variant(pipeline: Pipeline, variant: str) -> Pipeline:
-    """The same pipeline; its all-reduces, or with `copy_engine` all collectives, by one implementation."""
-    reduces = (Op.O_REDUCE, Op.FFN_REDUCE)
-
-    def takes(op: Op) -> bool:
-        return op in reduces or (variant == "copy_engine" and RESOURCE[op] is Resource.NETWORK)
-
-    nano_ops = tuple(replace(nano, variant=variant) if takes(nano.op) else nano for nano in pipeline.nano_ops)
-    return replace(pipeline, nano_ops=nano_ops)
+def by_library(graph: LayerGraph) -> Pipeline:
+    """Both forms of joining attention, on two lanes, all by NCCL."""
+    return overlapped(graph)
 
 
-@pytest.mark.parametrize("variant", ["library", "one_shot", "two_shot", "copy_engine"])
-@pytest.mark.parametrize("kind", [network_overlap, overlapped], ids=["network-overlap", "both-forms"])
-def test_two_gpus_give_the_tokens_of_one(folder: Path, kind: object, variant: str, tmp_path: Path) -> None:
-    one = make(folder)
-    wanted = run(one, PROMPTS, PARAMS)
-    graph = layer_graph(one.spec, 2)
-    one.close()
-    pipeline = network_overlap(graph, DENSE_BATCH) if kind is network_overlap else overlapped(graph)
-    with_variant(pipeline, variant).save(tmp_path / "pipeline.json")
-    two = make(folder, tensor_parallel_size=2, pipeline=str(tmp_path / "pipeline.json"), dense_batch=None)
+def by_copies(graph: LayerGraph) -> Pipeline:
+    """The same, all by copies (and the all-reduces in two shots)."""
+    pipeline = overlapped(graph)
+
+    def copying(nano: NanoOp) -> NanoOp:
+        return replace(nano, variant="copy_engine") if RESOURCE[nano.op] is Resource.NETWORK else nano
+
+    return replace(pipeline, nano_ops=tuple(map(copying, pipeline.nano_ops)))
+
+
+def by_shots(graph: LayerGraph) -> Pipeline:
+    """One-shot all-reduces of one half of the rows after attention, and of the other after the feed-forward."""
+    pipeline = network_overlap(graph, DENSE_BATCH)
+
+    def shooting(nano: NanoOp) -> NanoOp:
+        if nano.op not in (Op.O_REDUCE, Op.FFN_REDUCE):
+            return nano
+        return replace(nano, variant="one_shot" if (nano.start == 0) == (nano.op is Op.O_REDUCE) else "two_shot")
+
+    return replace(pipeline, nano_ops=tuple(map(shooting, pipeline.nano_ops)))
+
+
+@pytest.mark.parametrize("kind", [by_library, by_copies, by_shots, fused, partly_fused])
+def test_two_gpus_give_the_tokens_of_one(
+    reference: Reference, kind: Callable[[LayerGraph], Pipeline], tmp_path: Path
+) -> None:
+    kind(layer_graph(reference.spec, 2)).save(tmp_path / "pipeline.json")
+    two = make(reference.folder, tensor_parallel_size=2, pipeline=str(tmp_path / "pipeline.json"))
     try:
-        assert run(two, PROMPTS, PARAMS) == wanted
+        assert run(two, PROMPTS, PARAMS) == reference.tokens
     finally:
         two.close()
 
 
-def test_a_killed_gpu_rank_is_told(folder: Path) -> None:
-    engine = make(folder, tensor_parallel_size=2)
+def test_the_fused_kernels_equal_all_reduce_then_norm(tmp_path: Path) -> None:
+    """Both forms, all element types, sizes up to 32 MiB, from recordings."""
+    run_ranks("cuda", 2, tmp_path, 240.0)
+
+
+def test_a_killed_gpu_rank_is_told(tmp_path: Path) -> None:
+    save_tiny_model("llama2-mha", tmp_path)
+    engine = make(tmp_path, tensor_parallel_size=2, dense_batch=DENSE_BATCH)
     assert engine.ranks is not None
     os.kill(engine.ranks.pids[0], signal.SIGKILL)
     killed = time.monotonic()
