@@ -8,6 +8,7 @@ one a rank, are children of the actor's process and share its bundle.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import Any
 
@@ -18,6 +19,7 @@ from nanoflow.core.log import get_logger, setup_logging
 from nanoflow.scaleout.config import LOCAL, ScaleoutConfig
 from nanoflow.scaleout.host import ReplicaHost
 from nanoflow.scaleout.messages import Order, ReplicaInfo, ReplicaLink, ReplicaLostError, Taken
+from nanoflow.scaleout.reach import CLIENT_SCHEME, LIMIT_S, check_answers, endpoint_of, unreachable
 from nanoflow.scaleout.resources import Share
 
 log = get_logger(__name__)
@@ -34,6 +36,8 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    os.environ.setdefault("RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S", "2")  # a ray:// address is tried three times,
+    os.environ.setdefault("RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S", "3")  # each longer than the one before
     try:
         import ray
     except ImportError:
@@ -89,7 +93,7 @@ class RayLink:
         self._actor = actor
 
     async def start(self) -> ReplicaInfo:
-        await self._group.ready()
+        await _ended(self._group.ready())
         info: ReplicaInfo = await self._result(self._actor.start.remote())
         return info
 
@@ -117,7 +121,7 @@ class RayLink:
     async def _result(self, reference: Any) -> Any:
         """The call's result; Ray's errors become a user's error or a lost replica."""
         try:
-            return await reference
+            return await _ended(reference)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, NanoflowError):
                 raise error.cause from None
@@ -173,13 +177,30 @@ class RayCluster:
             local = {"num_cpus": self._share.cpus * scaleout.replicas, "object_store_memory": _OBJECT_STORE_BYTES}
             local["include_dashboard"] = False
         try:
+            if address != LOCAL:
+                self._check_reachable(address)
             self._ray.init(address=address, logging_level="ERROR", log_to_driver=False, **local)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"cannot reach Ray at {address!r}: {_first_line(error)}; check --ray, and set RAY_AUTH_MODE=token if "
-                "the cluster wants a token."
-            ) from error
+        except (ConnectionError, ValueError, RuntimeError, self._ray.exceptions.RayError) as error:
+            if isinstance(error, NanoflowError):
+                raise
+            raise unreachable(address, _first_line(error)) from error
         self._connected = True
+
+    def _check_reachable(self, address: str) -> None:
+        """Raise within seconds where `ray.init` would try for minutes."""
+        from ray._private.services import canonicalize_bootstrap_address
+
+        wanted = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+        if wanted.startswith(CLIENT_SCHEME):
+            check_answers(wanted)
+            return
+        if wanted != "auto":
+            endpoint_of(wanted)
+        found = canonicalize_bootstrap_address(wanted) or wanted  # `localhost` becomes this machine's address
+        check_answers(found)
+        gcs = getattr(self._ray._raylet, "InnerGcsClient", None)  # the control store's client has no public name
+        if gcs is not None:
+            gcs.standalone(found, cluster_id=None, timeout_ms=int(LIMIT_S * 1000))
 
     def _reserve(self, replicas: int) -> None:
         """One bundle a replica. Raises `ConfigError` if no node is large enough for one, or the cluster for all."""
@@ -195,6 +216,22 @@ class RayCluster:
             )
         bundle = {"CPU": float(self._share.cpus)} | ({"GPU": self._share.gpus} if self._share.gpus else {})
         self._groups = [placement_group([bundle], strategy="STRICT_PACK") for _ in range(replicas)]
+
+
+async def _ended(reference: Any) -> Any:
+    """The value of an object reference. Whoever is cancelled meanwhile leaves Ray's own future alone: the client behind
+    a `ray://` address still writes to it, and fails if it cannot."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    future = reference.future()
+
+    def tell(_: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(ended.set)
+
+    future.add_done_callback(tell)
+    await ended.wait()
+    return future.result()
 
 
 def _first_line(error: BaseException) -> str:
