@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,9 +42,12 @@ PARAMS = [
 SMALL = {"device": "cuda", "kv_memory_bytes": 1 << 20, "max_running": 8, "max_model_len": 64}
 
 
-@pytest.fixture(autouse=True)
-def _no_races(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOFLOW_PRODUCTS", "library")
+@pytest.fixture(scope="module", autouse=True)
+def _no_races() -> Iterator[None]:
+    """Products are chosen without measuring: a race per shape of a tiny model would take longer than the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOFLOW_PRODUCTS", "library")
+        yield
 
 
 @dataclass(frozen=True)

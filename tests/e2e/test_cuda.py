@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.sampling import SamplingParams
+from nanoflow.engine.build import Engine
 from tests.e2e.tiny_models import ARCHITECTURES, make_tiny_engine, prompt_of, record_logits, run, save_tiny_model
 
 pytestmark = pytest.mark.cuda
@@ -21,10 +23,12 @@ RECORDED = SamplingParams(temperature=0, max_tokens=6, logprobs=0)
 PLAIN = SamplingParams(temperature=0, max_tokens=6)
 
 
-@pytest.fixture(autouse=True)
-def _no_races(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _no_races() -> Iterator[None]:
     """Products are chosen without measuring: a race per shape of a tiny model would take longer than the test."""
-    monkeypatch.setenv("NANOFLOW_PRODUCTS", "library")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOFLOW_PRODUCTS", "library")
+        yield
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
@@ -45,16 +49,20 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def engine_of(folder: Path, **options: Any) -> Any:
+def engine_of(folder: Path, **options: Any) -> Engine:
     return make_tiny_engine(folder, "triton", **{"device": "cuda", "dtype": "bfloat16", **options})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("dense_batch", [512, 24], ids=["whole", "chunked"])
-def test_logits_are_as_good_as_transformers(tiny_model: tuple[Path, Any], dtype: str, dense_batch: int) -> None:
+@pytest.fixture(scope="module")
+def engine(tiny_model: tuple[Path, Any]) -> Iterator[Engine]:
+    """One engine of the architecture for several tests: to start one is most of their time. Prompts fit one batch."""
+    engine = engine_of(tiny_model[0], dense_batch=256, max_running=32, enable_prefix_caching=False)
+    yield engine
+    engine.device.close()
+
+
+def check_logits(engine: Engine, model: Any, dtype: torch.dtype) -> None:
     """Our error against float32 is at most 1.5 times that of transformers in the same precision."""
-    folder, model = tiny_model
-    engine = engine_of(folder, dtype=dtype, dense_batch=dense_batch)
     recorder = record_logits(engine)
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
     outputs = run(engine, prompts, RECORDED)
@@ -62,45 +70,50 @@ def test_logits_are_as_good_as_transformers(tiny_model: tuple[Path, Any], dtype:
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = prompt + output[:-1]
         exact.append(logits_of(model, tokens, torch.float32)[len(prompt) - 1 :])
-        theirs.append(logits_of(model, tokens, getattr(torch, dtype))[len(prompt) - 1 :])
+        theirs.append(logits_of(model, tokens, dtype)[len(prompt) - 1 :])
     rows = torch.stack([row.cpu() for _, row in recorder.sampled])
     for wanted in torch.cat(exact):  # rows come in order of the batches: look each up by nearness
         ours.append(rows[(rows - wanted).norm(dim=1).argmin()])
-    engine.device.close()
     error = relative(torch.stack(ours), torch.cat(exact))
     assert error <= 1.5 * relative(torch.cat(theirs), torch.cat(exact)) + 1e-3, error
 
 
-def test_the_recorded_path_gives_the_same_tokens(tiny_model: tuple[Path, Any]) -> None:
-    """Fused sampling on 16-bit logits and block-wise on float32 ones differ at most where two logits nearly tie."""
+def test_logits_are_as_good_as_transformers(engine: Engine, tiny_model: tuple[Path, Any]) -> None:
+    check_logits(engine, tiny_model[1], torch.bfloat16)
+
+
+def test_logits_of_chunks_in_float16(tiny_model: tuple[Path, Any]) -> None:
     folder, model = tiny_model
-    engine = engine_of(folder, dense_batch=64)
+    engine = engine_of(folder, dtype="float16", dense_batch=24)
+    check_logits(engine, model, torch.float16)
+    engine.device.close()
+
+
+def test_the_recorded_path_gives_the_same_tokens(engine: Engine, tiny_model: tuple[Path, Any]) -> None:
+    """Fused sampling on 16-bit logits and block-wise on float32 ones differ at most where two logits nearly tie."""
+    model = tiny_model[1]
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
     fused = run(engine, prompts, PLAIN)
-    engine.device.close()
     for prompt, output in zip(prompts, fused, strict=True):
         exact = logits_of(model, prompt + output[:-1], torch.float32)[len(prompt) - 1 :]
         chosen = exact.gather(1, torch.tensor(output)[:, None])[:, 0]
         assert bool((exact.max(dim=1).values - chosen <= 0.05 * exact.abs().max()).all())
 
 
-def test_company_changes_little(tiny_model: tuple[Path, Any]) -> None:
+def test_company_changes_little(engine: Engine, tiny_model: tuple[Path, Any]) -> None:
     """A request alone, and among others in a full batch: logits agree within the precision's error."""
-    folder, model = tiny_model
+    model = tiny_model[1]
     prompt = prompt_of(33, seed=5)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
+    exact = logits_of(model, prompt, torch.float32)[-1]
 
     def row_of(others: int) -> Tensor:
-        engine = engine_of(folder, dense_batch=512)
         recorder = record_logits(engine)
-        run(engine, [prompt, *(prompt_of(20 + n, seed=n) for n in range(others))], params)
-        exact = logits_of(model, prompt, torch.float32)[-1]
+        run(engine, [prompt, *(prompt_of(5 + n, seed=n) for n in range(others))], params)
         rows = torch.stack([row.cpu() for _, row in recorder.sampled])
-        engine.device.close()
         return rows[(rows - exact).norm(dim=1).argmin()]
 
     alone, crowded = row_of(0), row_of(15)
-    exact = logits_of(model, prompt, torch.float32)[-1]
     theirs = relative(logits_of(model, prompt, torch.bfloat16)[-1], exact)
     assert relative(crowded, alone) <= 2 * theirs + 1e-3
 
