@@ -22,13 +22,14 @@ from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.build import Engine
+from nanoflow.executor.head_states import LIMITED_ROWS
 from nanoflow.models.registry import resolve_model
 from nanoflow.pipeline.baselines import network_overlap
 from nanoflow.pipeline.graph import LayerGraph, layer_graph
 from nanoflow.pipeline.pipeline import NanoOp, Pipeline
 from tests.distributed.pipelines import DENSE_BATCH, fused, overlapped, partly_fused
 from tests.distributed.test_reduce_norm import run_ranks
-from tests.e2e.tiny_models import make_tiny_engine, prompt_of, run, save_tiny_model
+from tests.e2e.tiny_models import VOCAB, make_tiny_engine, prompt_of, run, save_tiny_model
 
 pytestmark = pytest.mark.multi_gpu
 
@@ -119,6 +120,8 @@ def test_two_gpus_give_the_tokens_of_one(
     two = make(reference.folder, tensor_parallel_size=2, pipeline=str(tmp_path / "pipeline.json"))
     try:
         assert run(two, PROMPTS, PARAMS) == reference.tokens
+        recorded = 3  # nothing of these is sampled launch by launch
+        assert run(two, PROMPTS[:recorded], PARAMS[:recorded]) == reference.tokens[:recorded]
     finally:
         two.close()
 
@@ -128,10 +131,17 @@ def test_the_fused_kernels_equal_all_reduce_then_norm(tmp_path: Path) -> None:
     run_ranks("cuda", 2, tmp_path, 240.0)
 
 
-def test_a_killed_gpu_rank_is_told(tmp_path: Path) -> None:
+def test_many_limited_rows_and_a_killed_rank(tmp_path: Path) -> None:
+    """More rows with top-k than a recording takes, beside others; then a rank's end, which requests are told."""
     save_tiny_model("llama2-mha", tmp_path)
-    engine = make(tmp_path, tensor_parallel_size=2, dense_batch=DENSE_BATCH)
+    n_rows = LIMITED_ROWS + 20
+    engine = make(tmp_path, tensor_parallel_size=2, dense_batch=n_rows, max_running=n_rows, kv_memory_bytes=1 << 22)
     assert engine.ranks is not None
+    prompts = [[token % VOCAB] for token in range(n_rows)]
+    greedy = SamplingParams(temperature=0, max_tokens=3)
+    surest = SamplingParams(temperature=1.0, top_k=1, max_tokens=3)
+    wanted = run(engine, prompts, greedy)
+    assert run(engine, prompts, [surest if token % 3 else greedy for token in range(n_rows)]) == wanted
     os.kill(engine.ranks.pids[0], signal.SIGKILL)
     killed = time.monotonic()
     with pytest.raises(RankFailedError, match="SIGKILL"):

@@ -3,7 +3,8 @@
 An iteration is two replays: the layers, recorded per batch size, and the LM head with sampling, recorded per number
 of rows that sample. Between them and the next iteration the host only fills a staging buffer; sampled tokens stay on
 the device for the next iteration's decode rows. Rows with penalties, biases or log-probabilities take `BlockHead`,
-launch by launch.
+launch by launch. With several ranks, rows that need not keep every token (top-k, top-p, min-p) have recordings of
+their own, which gather the logits of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,31 +24,14 @@ from nanoflow.device.base import Launch, Program
 from nanoflow.device.cuda import WHOLE, CudaDevice, CudaRun
 from nanoflow.executor.bucket import Bucket, BucketLayout, SliceWork, WholeBatch, bucket_sizes, slice_rows
 from nanoflow.executor.head import BlockHead, Sampler, is_plain, keeps_every_token
-from nanoflow.executor.pinned import Layout, PinnedStage, ResultRing
+from nanoflow.executor.head_states import LIMITED_ROWS, HeadState, head_layout, head_states, write_head
+from nanoflow.executor.pinned import PinnedStage, ResultRing
 from nanoflow.executor.program import build_program, issue
 from nanoflow.executor.timeline import Tracer
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.sharded import ShardedDecoder
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
-
-HEAD_STEP = 64
-
-
-@dataclass
-class HeadState:
-    """Sampling of `n` rows: views of the staged plan, the logits' buffer, and where the tokens go."""
-
-    n: int
-    keys_s: Tensor
-    token_rows_s: Tensor
-    slots_s: Tensor
-    top_k_s: Tensor
-    temperature_s: Tensor
-    top_p_s: Tensor
-    min_p_s: Tensor
-    logits_sv: Tensor
-    tokens_s: Tensor
 
 
 @dataclass
@@ -115,9 +98,8 @@ class CapturedExecutor:
         self._stage = PinnedStage(max(at.pages for at in layouts) + max_requests * max_pages, where)
         self._buckets = [Bucket(at, self._activations, self._stage.ints, page_tokens) for at in layouts]
         self._head_rows = min(max_requests, pipeline.dense_batch)
-        self._head_stage = PinnedStage(_head_layout(self._head_rows)[-1].stop, where)
-        self._heads = self._make_heads(dtype)
-        self._head_sizes = [head.n for (head,) in self._heads]
+        self._head_stage = PinnedStage(head_layout(self._head_rows)[-1].stop, where)
+        self._heads, self._limited_heads = self._make_heads(dtype)
         self._results = ResultRing(self._head_rows, where)
 
     def _slice_works(self, n_tokens: int) -> list[SliceWork]:
@@ -147,40 +129,25 @@ class CapturedExecutor:
             works.append(SliceWork(start, stop, planners[Op.DECODE_ATTENTION], planners[Op.PREFILL_ATTENTION]))
         return works
 
-    def _make_heads(self, dtype: torch.dtype) -> list[list[HeadState]]:
-        """The states of the head's program, by rising number of rows; all share one buffer of logits."""
-        where, n_rows = self.device.torch_device, self._head_rows
-        sizes = [*(n for n in (1, 8, 32) if n < n_rows), *range(HEAD_STEP, n_rows, HEAD_STEP), n_rows]
-        vocab = self.decoder.spec.vocab_size if self._sharded is None else len(self._sharded.shard.vocab)
-        logits = torch.zeros(n_rows, vocab, dtype=dtype, device=where)
-        tokens = torch.zeros(n_rows, dtype=torch.int32, device=where)
-        pieces = [self._head_stage.ints[piece] for piece in _head_layout(n_rows)]
-        keys, (token_rows, slots, top_k) = pieces[0].view(torch.int64), pieces[1:4]
-        temperature, top_p, min_p = (piece.view(torch.float32) for piece in pieces[4:])
-        return [
-            [
-                HeadState(
-                    n,
-                    keys_s=keys[:n],
-                    token_rows_s=token_rows[:n],
-                    slots_s=slots[:n],
-                    top_k_s=top_k[:n],
-                    temperature_s=temperature[:n],
-                    top_p_s=top_p[:n],
-                    min_p_s=min_p[:n],
-                    logits_sv=logits[:n],
-                    tokens_s=tokens[:n],
-                )
-            ]
-            for n in sizes
-        ]
+    def _make_heads(self, dtype: torch.dtype) -> tuple[list[list[HeadState]], list[list[HeadState]]]:
+        """The states of the head's program: for rows that keep every token, and for those that need not."""
+        vocab, staged = self.decoder.spec.vocab_size, self._head_stage.ints
+        if self._sharded is None:
+            heads = head_states(self._head_rows, vocab, dtype, staged, self._head_rows)
+            return heads, heads
+        part = len(self._sharded.shard.vocab)
+        return (
+            head_states(self._head_rows, part, dtype, staged, self._head_rows, parts=True),
+            head_states(min(self._head_rows, LIMITED_ROWS), vocab, dtype, staged, self._head_rows),
+        )
 
     def warm_up(self, *, capture: bool = True) -> None:
         """Run every size once on padding alone and record it, or, without `capture`, run the largest alone."""
         for number in reversed(range(len(self._buckets))) if capture else [-1]:
             self._replay_layers(number, None, capture=capture)
-        for number in reversed(range(len(self._heads))) if capture else [-1]:
-            self._replay_head(number, None, capture=capture)
+        for heads in [self._heads] if self._sharded is None else [self._heads, self._limited_heads]:
+            for head in reversed(heads) if capture else heads[-1:]:
+                self._replay_head(head, None, capture=capture)
         torch.cuda.synchronize(self.device.torch_device)
 
     def launch(self, plan: BatchPlan, tracer: Tracer | None = None) -> CapturedInFlight:
@@ -191,18 +158,11 @@ class CapturedExecutor:
             )
         run = self._replay_layers(bisect_left(self._sizes, plan.n_tokens), plan, tracer)
         sampling = plan.sampling
-        if plan.prompt_logprobs is not None or not self._is_recorded(sampling):
+        if plan.prompt_logprobs is not None or not is_plain(sampling):
             return self._finish_in_blocks(plan)
-        n_rows = len(sampling.token_rows)
-        if not n_rows:
+        if not len(sampling.token_rows):
             return CapturedInFlight(plan, run, torch.zeros(0, dtype=torch.int32))
-        number = bisect_left(self._head_sizes, n_rows)
-        self._replay_head(number, sampling, tracer)
-        return self._returning(plan, self._heads[number][0].tokens_s[:n_rows])
-
-    def _is_recorded(self, plan: SamplingPlan) -> bool:
-        """Whether the head's recording can choose these tokens; ranks record the rows that keep every token."""
-        return is_plain(plan) if self._sharded is None else keeps_every_token(plan)
+        return self._returning(plan, self._replay_heads(sampling, tracer))
 
     def launch_layers(self, plan: BatchPlan) -> CudaRun:
         """Start the embedding and the layers of an iteration alone, to time them."""
@@ -232,13 +192,34 @@ class CapturedExecutor:
             self._stage.send(n_ints)
         return self._start(self._program, bucket.states, tracer, capture)
 
+    def _replay_heads(self, plan: SamplingPlan, tracer: Tracer | None) -> Tensor:
+        """Tokens of a plain plan, on the device: in one replay, unless ranks gather logits for some rows."""
+        n_rows = len(plan.token_rows)
+        if self._sharded is None or keeps_every_token(plan):
+            return self._replay_rows(self._heads, plan, tracer)
+        chosen: list[Tensor] = []
+        for start in range(0, n_rows, LIMITED_ROWS):
+            part = plan.rows(start, min(start + LIMITED_ROWS, n_rows))
+            heads = self._heads if keeps_every_token(part) else self._limited_heads
+            tokens = self._replay_rows(heads, part, tracer)
+            with torch.cuda.stream(self.device.main):
+                chosen.append(tokens.clone())  # the next replay writes there
+        with torch.cuda.stream(self.device.main):
+            return torch.cat(chosen)
+
+    def _replay_rows(self, heads: list[list[HeadState]], plan: SamplingPlan, tracer: Tracer | None) -> Tensor:
+        n_rows = len(plan.token_rows)
+        head = heads[bisect_left([state.n for (state,) in heads], n_rows)]
+        self._replay_head(head, plan, tracer)
+        return head[0].tokens_s[:n_rows]
+
     def _replay_head(
-        self, number: int, plan: SamplingPlan | None, tracer: Tracer | None = None, *, capture: bool = False
+        self, head: list[HeadState], plan: SamplingPlan | None, tracer: Tracer | None = None, *, capture: bool = False
     ) -> CudaRun:
-        _write_head(plan, self._head_stage.begin(), self._n_slots, self._head_rows)
+        write_head(plan, self._head_stage.begin(), self._n_slots, self._head_rows)
         with torch.cuda.stream(self.device.main):
             self._head_stage.send(len(self._head_stage.ints))
-        return self._start(self._head_program, self._heads[number], tracer, capture)
+        return self._start(self._head_program, head, tracer, capture)
 
     def _start(self, program: Program, states: list[Any], tracer: Tracer | None, capture: bool) -> CudaRun:
         run = self.device.start(program, states, tracer.issue if tracer else issue)
@@ -254,7 +235,8 @@ class CapturedExecutor:
 
     def _sample(self, head: HeadState) -> None:
         x_td = self._activations.x_td
-        if self._sharded is not None:
+        if head.parts:
+            assert self._sharded is not None, "one rank has all logits"
             self._sharded.lm_head_part(x_td, head.token_rows_s, head.logits_sv)
             self._sharded.choose(head.logits_sv, head.temperature_s, head.keys_s, head.tokens_s)
         else:
@@ -273,24 +255,3 @@ class CapturedExecutor:
 
 def _nothing(_: Any) -> None:
     """The epilogue is a recording of its own, since its size is another."""
-
-
-def _head_layout(n: int) -> list[slice]:
-    """Keys (two ints each), token rows, slots, top_k, temperature, top_p, min_p."""
-    layout = Layout()
-    return [layout.take(2 * n, align=2), *(layout.take(n) for _ in range(6))]
-
-
-def _write_head(plan: SamplingPlan | None, host: np.ndarray, spare_slot: int, capacity: int) -> None:
-    """Stage `plan`; rows beyond it sample row 0 greedily into the spare slot."""
-    keys, token_rows, slots, top_k, temperature, top_p, min_p = (host[piece] for piece in _head_layout(capacity))
-    n = 0 if plan is None else len(plan.token_rows)
-    token_rows[n:], slots[n:], top_k[n:], keys[2 * n :] = 0, spare_slot, 0, 0
-    for array, fill in ((temperature, 0.0), (top_p, 1.0), (min_p, 0.0)):
-        array[n:].view(np.float32)[:] = fill
-    if plan is None:
-        return
-    keys[: 2 * n].view(np.int64)[:] = plan.keys
-    token_rows[:n], slots[:n], top_k[:n] = plan.token_rows, plan.slots, plan.top_k
-    for array, values in ((temperature, plan.temperature), (top_p, plan.top_p), (min_p, plan.min_p)):
-        array[:n].view(np.float32)[:] = values
