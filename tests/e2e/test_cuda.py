@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,19 @@ from torch import Tensor
 
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.build import Engine
-from tests.e2e.tiny_models import ARCHITECTURES, make_tiny_engine, prompt_of, record_logits, run, save_tiny_model
+from tests.e2e.test_pipelines import PIPELINES, believing_in_short_answers, graph_of
+from tests.e2e.tiny_models import (
+    ARCHITECTURES,
+    RecordingSampler,
+    make_tiny_engine,
+    prompt_of,
+    record_logits,
+    run,
+    save_tiny_model,
+)
 
 pytestmark = pytest.mark.cuda
+log = logging.getLogger(__name__)
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 40, 130)
 RECORDED = SamplingParams(temperature=0, max_tokens=6, logprobs=0)
@@ -61,6 +73,24 @@ def engine(tiny_model: tuple[Path, Any]) -> Iterator[Engine]:
     engine.device.close()
 
 
+def rows_of(recorder: RecordingSampler, output: list[int], wanted: Tensor) -> Tensor:
+    """The logits that a greedy answer was chosen from, where all answers are equally long.
+
+    Rows of a slot come in order, and the tokens chosen from them tell whose they are. Where several requests were
+    answered alike, those nearest to `wanted` are taken.
+    """
+    by_slot: dict[int, list[Tensor]] = defaultdict(list)
+    for slot, row in recorder.sampled:
+        by_slot[slot].append(row.float().cpu())
+    answers = [
+        torch.stack(rows[start : start + len(output)])
+        for rows in by_slot.values()
+        for start in range(0, len(rows), len(output))
+    ]
+    alike = [answer for answer in answers if answer.argmax(1).tolist() == output]
+    return min(alike, key=lambda answer: relative(answer, wanted))
+
+
 def check_logits(engine: Engine, model: Any, dtype: torch.dtype) -> None:
     """Our error against float32 is at most 1.5 times that of transformers in the same precision."""
     recorder = record_logits(engine)
@@ -71,11 +101,11 @@ def check_logits(engine: Engine, model: Any, dtype: torch.dtype) -> None:
         tokens = prompt + output[:-1]
         exact.append(logits_of(model, tokens, torch.float32)[len(prompt) - 1 :])
         theirs.append(logits_of(model, tokens, dtype)[len(prompt) - 1 :])
-    rows = torch.stack([row.cpu() for _, row in recorder.sampled])
-    for wanted in torch.cat(exact):  # rows come in order of the batches: look each up by nearness
-        ours.append(rows[(rows - wanted).norm(dim=1).argmin()])
-    error = relative(torch.stack(ours), torch.cat(exact))
-    assert error <= 1.5 * relative(torch.cat(theirs), torch.cat(exact)) + 1e-3, error
+        ours.append(rows_of(recorder, output, exact[-1]))
+    error = relative(torch.cat(ours), torch.cat(exact))
+    limit = relative(torch.cat(theirs), torch.cat(exact))
+    log.info("relative error of the logits in %s: ours %.5f, transformers %.5f", dtype, error, limit)
+    assert error <= 1.5 * limit + 1e-3
 
 
 def test_logits_are_as_good_as_transformers(engine: Engine, tiny_model: tuple[Path, Any]) -> None:
@@ -86,6 +116,17 @@ def test_logits_of_chunks_in_float16(tiny_model: tuple[Path, Any]) -> None:
     folder, model = tiny_model
     engine = engine_of(folder, dtype="float16", dense_batch=24)
     check_logits(engine, model, torch.float16)
+    engine.device.close()
+
+
+@pytest.mark.parametrize("name", ["two-lanes", "three-lanes", "lagging"])
+def test_logits_of_overlapped_lanes(name: str, tmp_path: Path) -> None:
+    """Nano-batches on parts of the card (green contexts), and on plain streams that share it."""
+    model = save_tiny_model("qwen3", tmp_path)
+    PIPELINES[name](graph_of(tmp_path)).save(tmp_path / "pipeline.json")
+    engine = engine_of(tmp_path, pipeline=str(tmp_path / "pipeline.json"), enable_prefix_caching=False)
+    for _ in range(3):  # lanes race differently each time
+        check_logits(engine, model, torch.bfloat16)
     engine.device.close()
 
 
@@ -104,14 +145,13 @@ def test_company_changes_little(engine: Engine, tiny_model: tuple[Path, Any]) ->
     """A request alone, and among others in a full batch: logits agree within the precision's error."""
     model = tiny_model[1]
     prompt = prompt_of(33, seed=5)
-    params = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
     exact = logits_of(model, prompt, torch.float32)[-1]
 
     def row_of(others: int) -> Tensor:
         recorder = record_logits(engine)
-        run(engine, [prompt, *(prompt_of(5 + n, seed=n) for n in range(others))], params)
-        rows = torch.stack([row.cpu() for _, row in recorder.sampled])
-        return rows[(rows - exact).norm(dim=1).argmin()]
+        output, *_ = run(engine, [prompt, *(prompt_of(5 + n, seed=n) for n in range(others))], RECORDED)
+        wanted = logits_of(model, prompt + output[:-1], torch.float32)[len(prompt) - 1 :]
+        return rows_of(recorder, output, wanted)[0]
 
     alone, crowded = row_of(0), row_of(15)
     theirs = relative(logits_of(model, prompt, torch.bfloat16)[-1], exact)
@@ -134,21 +174,27 @@ def test_seeds_hold_whatever_else_runs(tmp_path: Path) -> None:
 def test_sampling_options_and_preemption_work(tmp_path: Path) -> None:
     """Penalties, top-k, top-p, biases and log-probabilities beside plain rows; and too little KV memory for all."""
     save_tiny_model("llama3-scaled", tmp_path)
-    engine = engine_of(tmp_path, dense_batch=64, kv_memory_bytes=1 << 17, max_model_len=128)
+    options = {"dense_batch": 64, "max_model_len": 128, "enable_prefix_caching": False}
+    engine = believing_in_short_answers(engine_of(tmp_path, kv_memory_bytes=1 << 17, **options))
+    unlikely = 319
     params = [
-        SamplingParams(temperature=1.0, top_k=1, max_tokens=40, ignore_eos=True),
-        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
-        SamplingParams(temperature=1.0, top_p=1e-6, max_tokens=40, ignore_eos=True),
-        SamplingParams(temperature=0.0, frequency_penalty=2.0, max_tokens=40, ignore_eos=True),
-        SamplingParams(temperature=0.0, logit_bias={7: 100.0}, max_tokens=40, ignore_eos=True),
-        SamplingParams(temperature=0.0, logprobs=2, max_tokens=40, ignore_eos=True),
+        SamplingParams(max_tokens=40, stop_token_ids=[unlikely], **changes)
+        for changes in (
+            {"temperature": 1.0, "top_k": 1},
+            {"temperature": 0.0},
+            {"temperature": 1.0, "top_p": 1e-6},
+            {"temperature": 0.0, "frequency_penalty": 2.0},
+            {"temperature": 0.0, "logit_bias": {7: 100.0}},
+            {"temperature": 0.0, "logprobs": 2},
+        )
     ]
     prompt = prompt_of(60, seed=3)
     outputs = run(engine, [prompt] * len(params), params)
     greedy = outputs[1]
-    assert [len(output) for output in outputs] == [40] * len(params)
-    assert outputs[0][:4] == greedy[:4] and outputs[2][:4] == greedy[:4]
+    assert all(len(output) == 40 or output[-1] == unlikely for output in outputs)
+    assert all(outputs[number][:4] == greedy[:4] for number in (0, 2, 5))
     assert outputs[4] == [7] * 40
     assert len(set(outputs[3])) > len(set(greedy)), "penalised tokens repeat less"
     assert engine.core.stats().preemptions > 0, "the KV memory was meant to be too small"
+    assert engine.core.stats().kv_pages_used == 0
     engine.device.close()
