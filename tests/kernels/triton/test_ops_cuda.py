@@ -16,7 +16,9 @@ from nanoflow.device.power import PowerMeter
 from nanoflow.kernels.triton import launch
 from nanoflow.kernels.triton.backend import TritonKernels
 from nanoflow.kernels.triton.gemm import GemmShape, gemm, interleaved
+from nanoflow.kernels.triton.linear import persistent
 from nanoflow.kernels.triton.product_race import CardRace
+from nanoflow.kernels.triton.products import SHAPES
 from tests.kernels.triton import ops_cases
 from tests.kernels.triton.ops_cases import close, poisoned, random
 
@@ -88,7 +90,7 @@ def test_linear_silu_mul(kernels: TritonKernels, dtype: torch.dtype, sizes: tupl
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF])
-@pytest.mark.parametrize("shape", [GemmShape(), GemmShape(n=128, stages=4), GemmShape(m=64, n=128, warps=4, stages=4)])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), GemmShape(m=64, n=128, warps=4, stages=4)], ids=str)
 @pytest.mark.parametrize("sizes", [(2048, 4096, 4096), (77, 1008, 200), (1000, 6144, 4096)], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "bias", "accumulate", "silu_mul"])
 def test_persistent_product(dtype: torch.dtype, shape: GemmShape, sizes: tuple[int, int, int], kind: str) -> None:
@@ -107,12 +109,13 @@ def test_persistent_product(dtype: torch.dtype, shape: GemmShape, sizes: tuple[i
     close(out, expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_persistent_product_into_float32(accumulate: bool) -> None:
+def test_persistent_product_into_float32(shape: GemmShape, accumulate: bool) -> None:
     x, weight = random(700, 4096, BF16, "cuda"), torch.randn(2048, 4096, device="cuda").to(BF16)
     out = (random if accumulate else poisoned)(700, 2048, FULL, "cuda")
     expected = x.float() @ weight.float().t() + (out if accumulate else 0.0)
-    gemm(x, weight, out, accumulate=accumulate)
+    persistent(x, weight, out, None, shape, accumulate=accumulate)
     close(out, expected, 1e-5)
 
 
