@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from tests.browser.conftest import DESKTOP, PHONE, OpenPage
 from tests.browser.test_report_page import OVERFLOW, visible
 from tests.server.conftest import RunningServer, running_server, wait_until
 from tests.server.fake_engine import MODEL, FakeEngine
+from tests.server.test_batches import chat_line
 
 from nanoflow.server import feed
 from nanoflow.server.app import create_app
@@ -58,6 +60,33 @@ def test_numbers_move_while_the_engine_works(open_page: OpenPage, size: tuple[in
         assert visible(page, "#charts svg.chart") == 1
         assert page.locator("#rate-chart polyline").count() >= 1
         assert page.evaluate(OVERFLOW) <= 0
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
+def test_a_running_batch_has_its_row_until_it_ends(open_page: OpenPage, size: tuple[int, int], scheme: str) -> None:
+    name = "a-file-with-quite-a-long-name-as-people-give-them-2026-11-22.jsonl"
+    with running_server(FakeEngine(delay_s=0.02), batch_in_flight=4) as server, server.openai() as client:
+        page = open_page(f"{server.url}/dashboard", size, scheme)
+        shows(page, "#status", "live")
+        assert not page.locator("#batches-card").is_visible(), "no batch, no card"
+        lines = [b"{", *(json.dumps(chat_line(f"q{i}", 5)).encode() for i in range(99))]
+        file = client.files.create(file=(name, b"\n".join(lines)), purpose="batch")
+        given = {"input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        batch = client.batches.create(**given)
+        behind = client.batches.create(**given, metadata={"name": "the second one"})
+        shows(page, "#batches", "of 100 requests done, 1 failed")
+        shows(page, "#batches", " %, about ")
+        shows(page, "#batches-waiting", "1 batch waits behind it.")
+        text = page.locator("#batches").text_content() or ""
+        assert name in text and batch.id in text
+        meter = page.locator("#batches").get_by_role("meter", name=name)
+        assert 0 < int(meter.get_attribute("aria-valuenow")) < 100
+        assert page.evaluate(OVERFLOW) <= 0
+        client.batches.cancel(batch.id)
+        shows(page, "#batches", "the second one")
+        assert not page.locator("#batches-waiting").is_visible()
+        client.batches.cancel(behind.id)
+        page.locator("#batches-card").wait_for(state="hidden", timeout=10_000)
 
 
 def test_the_key_is_asked_for_and_remembered(open_page: OpenPage) -> None:

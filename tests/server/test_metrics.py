@@ -8,12 +8,14 @@ from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from tests.server.conftest import running_server
-from tests.server.fake_engine import FakeEngine
+from tests.server.conftest import running_server, wait_until
+from tests.server.fake_engine import CACHED_TOKENS, FakeEngine
+from tests.server.test_batches import chat_line, create, ended
 
 from nanoflow.core.stats import TierFill
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+ANSWERED, FAILED = (("outcome", "answered"),), (("outcome", "failed"),)
 
 
 def scrape(http: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -100,3 +102,44 @@ def test_unknown_paths_make_no_new_series(http: httpx.Client) -> None:
         http.get(f"/{index}")
     paths = set(re.findall(r'path="([^"]*)"', http.get("/metrics").text))
     assert not any(re.search(r"\d$", path) for path in paths)
+
+
+def test_batches_are_counted_from_upload_to_end() -> None:
+    with running_server(FakeEngine(delay_s=0.004), batch_in_flight=4) as server, server.openai() as client:
+        lines = [chat_line(f"q{i}", 5) for i in range(60)]
+        batch = create(client, *lines, {"custom_id": "typo"})
+        behind = create(client, chat_line("behind", 5))
+        with server.http() as http:
+            wait_until(lambda: scrape(http)["nanoflow_batch_job_requests_total", ANSWERED] > 5)
+            got = scrape(http)
+            assert (got["nanoflow_batch_jobs_running", ()], got["nanoflow_batch_jobs_waiting", ()]) == (1, 1)
+            n_done = (
+                got["nanoflow_batch_job_requests_total", ANSWERED] + got["nanoflow_batch_job_requests_total", FAILED]
+            )
+            assert got["nanoflow_batch_job_requests_left", ()] == 61 - n_done > 0
+            ended(client, batch)
+            ended(client, behind)
+            wait_until(lambda: scrape(http)["nanoflow_batch_jobs_running", ()] == 0)
+            got = scrape(http)
+    assert (got["nanoflow_batch_jobs_waiting", ()], got["nanoflow_batch_job_requests_left", ()]) == (0, 0)
+    assert got["nanoflow_batch_job_requests_total", ANSWERED] == 61, "over both batches"
+    assert got["nanoflow_batch_job_requests_total", FAILED] == 1
+    tokens = {
+        kind: got["nanoflow_batch_job_tokens_total", (("kind", kind),)] for kind in ("prompt", "cached", "output")
+    }
+    assert tokens["output"] == 61 * 5
+    assert tokens["cached"] == 61 * CACHED_TOKENS < tokens["prompt"]
+
+
+def test_a_batch_that_goes_on_counts_only_what_is_new(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    with (
+        running_server(FakeEngine(delay_s=0.004), data_dir=folder, batch_in_flight=4) as server,
+        server.openai() as client,
+    ):
+        batch = create(client, *(chat_line(f"q{i}", 5) for i in range(60)))
+        wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 20)  # type: ignore[union-attr]
+    with running_server(FakeEngine(), data_dir=folder) as server, server.openai() as client, server.http() as http:
+        ended(client, batch)
+        n_answered = scrape(http)["nanoflow_batch_job_requests_total", ANSWERED]
+    assert n_answered == len(server.engine.streams) < 40

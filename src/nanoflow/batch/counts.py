@@ -18,6 +18,9 @@ class TokenCounts:
     def __add__(self, other: TokenCounts) -> TokenCounts:
         return TokenCounts(self.prompt + other.prompt, self.output + other.output, self.cached + other.cached)
 
+    def __sub__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.prompt - other.prompt, self.output - other.output, self.cached - other.cached)
+
 
 NO_TOKENS = TokenCounts()
 
@@ -29,6 +32,12 @@ class Counts:
     answered: int = 0
     failed: int = 0
     tokens: TokenCounts = NO_TOKENS
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.answered + other.answered, self.failed + other.failed, self.tokens + other.tokens)
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(self.answered - other.answered, self.failed - other.failed, self.tokens - other.tokens)
 
     @property
     def done(self) -> int:
@@ -46,6 +55,9 @@ class Counts:
     def of_list(cls, values: list[int]) -> Counts:
         """What `to_list` made."""
         return cls(values[0], values[1], TokenCounts(*values[2:]))
+
+
+NO_COUNTS = Counts()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from nanoflow import __version__
+from nanoflow.server.batch_ledger import BatchCollector
 from nanoflow.server.batch_service import BatchService
 from nanoflow.server.batches import add_batches
 from nanoflow.server.config import ServerConfig
@@ -36,10 +37,11 @@ def create_app(engine: Engine, server_config: ServerConfig) -> FastAPI:
     for path, endpoint in endpoints.items():
         app.add_route(path, endpoint, ["POST"])  # type: ignore[arg-type]
     app.state.batches = BatchService(engine, endpoints, server_config)
+    metrics.registry.register(BatchCollector(app.state.batches))
     add_files(app, app.state.batches.store, server_config)
     add_batches(app, app.state.batches, server_config, served_model_name(engine))
     _add_information(app, engine, state, metrics)
-    app.state.feed = add_dashboard(app, engine, state, metrics)
+    app.state.feed = add_dashboard(app, engine, state, metrics, app.state.batches)
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_middleware(Guard, config=server_config, metrics=metrics, state=state)
     return app

@@ -22,6 +22,7 @@ from nanoflow.batch.status import read_status
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError, EngineDeadError
 from nanoflow.core.log import get_logger
+from nanoflow.server.batch_ledger import BatchLedger
 from nanoflow.server.batch_records import ENDED, Record, changed, failure, progress
 from nanoflow.server.batch_responder import EngineResponder
 from nanoflow.server.config import ServerConfig
@@ -51,9 +52,8 @@ class BatchService:
         self._store: Store | None = None
         self._worker: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._job: BatchJob | None = None
+        self.ledger = BatchLedger()
         self._running: asyncio.Task[None] | None = None
-        self._running_id: str | None = None
         self._stopping = False
         half = (engine.config.scheduler.max_running or 2 * _DEFAULT_IN_FLIGHT) // 2
         self._limits = RunLimits(config.batch_in_flight or max(1, half))
@@ -103,9 +103,19 @@ class BatchService:
 
     def shown(self, record: Record) -> Record:
         """The record with the counts of this moment."""
-        if record["id"] == self._running_id and self._job is not None and record["status"] not in ENDED:
-            return record | progress(self._job.survey.n_requests, self._job.counts)
-        return record
+        running = self.ledger.running
+        if running is None or running.id != record["id"] or running.total is None or record["status"] in ENDED:
+            return record
+        return record | progress(running.total, running.counts)
+
+    @property
+    def n_waiting(self) -> int:
+        """Batches that this engine will answer when it is their turn."""
+        if self._store is None:
+            return 0
+        running = self.ledger.running
+        ids = [batch_id for batch_id, identity in self._store.unfinished() if identity == self.identity]
+        return len(ids) - (running is not None and running.id in ids)
 
     def cancel(self, batch_id: str) -> Record:
         """Stop a batch; what it has answered is kept. Raises `ApiError` 404 or 409."""
@@ -116,7 +126,8 @@ class BatchService:
         if record["status"] != "cancelling":
             record = changed(record, "cancelling")
             self.store().save_batch(record)
-        if batch_id == self._running_id and self._running is not None:
+        running = self.ledger.running
+        if running is not None and running.id == batch_id and self._running is not None:
             self._running.cancel()
         self.wake()
         return self.shown(record)
@@ -158,8 +169,10 @@ class BatchService:
 
     async def _advance(self, batch_id: str) -> None:
         """Run a batch to its end, or until it is cancelled."""
-        if self.find(batch_id)["status"] not in ("cancelling", "finalizing"):
-            self._running_id, self._running = batch_id, asyncio.create_task(self._run(batch_id))
+        record = self.find(batch_id)
+        if record["status"] not in ("cancelling", "finalizing"):
+            self.ledger.begin(batch_id, self._name_of(record))
+            self._running = asyncio.create_task(self._run(batch_id))
             try:
                 await asyncio.wait({self._running})
                 if self._running.cancelled():
@@ -172,14 +185,16 @@ class BatchService:
             finally:
                 self._running.cancel()
                 await asyncio.gather(self._running, return_exceptions=True)
-                self._running = self._running_id = None
+                self._running = None
+                self.ledger.closed()
         if self.find(batch_id)["status"] in ("cancelling", "finalizing"):
             await self._finish(batch_id)
 
     async def _run(self, batch_id: str) -> None:
         """Answer what has no answer. Ends with the status `finalizing`."""
         record = self.find(batch_id)
-        job = self._job = await self._open(batch_id, record["input_file_id"])
+        job = await self._open(batch_id, record["input_file_id"])
+        self.ledger.opened(job)
         try:
             if not job.survey.n_requests:
                 raise ConfigError("The input file holds no request; upload one with a request a line.")
@@ -190,7 +205,6 @@ class BatchService:
                 await BatchRunner(job, responder, self._limits).run()
             self.store().save_batch(changed(self.find(batch_id), "finalizing"))
         finally:
-            self._job = None
             job.close()
             self.store().save_batch(self.find(batch_id) | progress(job.survey.n_requests, job.counts))
 
@@ -216,6 +230,11 @@ class BatchService:
 
     def _paths(self, batch_id: str, input_file_id: str) -> JobPaths:
         return JobPaths.beside(self.store().path(input_file_id), self.store().job_folder(batch_id) / "output.jsonl")
+
+    def _name_of(self, record: Record) -> str:
+        """What people call the batch: the `name` of its metadata, else that of its input file."""
+        file = self.store().find_file(record["input_file_id"])
+        return (record["metadata"] or {}).get("name") or (file.filename if file else "") or record["id"]
 
     # --- the end of a batch ---
 

@@ -23,6 +23,7 @@ from nanoflow.core.errors import PipelineError
 from nanoflow.core.stats import WorkDone
 from nanoflow.pipeline.gantt import Row, draw_gantt
 from nanoflow.pipeline.known_times import known_timeline
+from nanoflow.server.batch_service import BatchService
 from nanoflow.server.delivery import SSE_HEADERS
 from nanoflow.server.engine_api import Engine, served_model_name
 from nanoflow.server.errors import encode_json
@@ -32,9 +33,9 @@ from nanoflow.server.metrics import Metrics
 from nanoflow.server.watch import report_or_none
 
 
-def add_dashboard(app: Starlette, engine: Engine, state: ServerState, metrics: Metrics) -> Feed:
+def add_dashboard(app: Starlette, engine: Engine, state: ServerState, metrics: Metrics, batches: BatchService) -> Feed:
     """Add the two routes to `app`; returns what samples the engine."""
-    feed = Feed(engine, metrics.latencies)
+    feed = Feed(engine, metrics.latencies, batches)
     body, policy = _page()
     headers = {"content-security-policy": policy, "cache-control": "no-cache", "x-content-type-options": "nosniff"}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from nanoflow.core.log import get_logger
 from nanoflow.core.stats import WorkDone
+from nanoflow.server.batch_service import BatchService
 from nanoflow.server.engine_api import Engine
 from nanoflow.server.metrics import Latencies
 from nanoflow.server.watch import Snapshot, latency_quantiles, report_or_none, sample
@@ -27,12 +28,13 @@ HISTORY_SAMPLES = 180
 
 
 class Feed:
-    """Samples of `engine`, one an interval, while somebody watches. Belongs to one event loop."""
+    """Samples of `engine` and `batches`, one an interval, while somebody watches. Belongs to one event loop."""
 
-    def __init__(self, engine: Engine, latencies: Latencies) -> None:
+    def __init__(self, engine: Engine, latencies: Latencies, batches: BatchService) -> None:
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_SAMPLES)
         self._engine = engine
         self._latencies = latencies
+        self._batches = batches
         self._snapshots: deque[Snapshot] = deque(maxlen=LATENCY_SAMPLES + 1)
         self._watchers = 0
         self._task: asyncio.Task[None] | None = None
@@ -83,10 +85,15 @@ class Feed:
         self._snapshots.append(Snapshot.take(self._engine, self._latencies))
         newest = self._snapshots[-1]
         earlier = self._snapshots[max(0, len(self._snapshots) - 1 - RATE_SAMPLES)]
+        running = self._batches.ledger.running
         return sample(self._engine, earlier, newest, bounded=bounded) | {
             "window_s": newest.at_s - earlier.at_s,
             "latency_window_s": newest.at_s - self._snapshots[0].at_s,
             "latency": latency_quantiles(self._snapshots[0], newest),
+            "batches": {
+                "running": [] if running is None else [running.to_dict()],
+                "waiting": self._batches.n_waiting,
+            },
         }
 
     def _publish(self, newest: dict[str, Any]) -> None:

@@ -16,6 +16,12 @@ function seconds(value) {
   return value >= 1 ? number(value) + " s" : number(value * 1000) + " ms";
 }
 
+function duration(value) {
+  const all = Math.round(value), minutes = Math.floor(all / 60), hours = Math.floor(minutes / 60);
+  const said = hours ? `${number(hours, 9)} h ${minutes % 60} min` : minutes ? `${minutes} min ${all % 60} s` : `${all} s`;
+  return said.replaceAll(" ", "\u00a0");
+}
+
 function status(text, kind) {
   put("status", text);
   get("status").className = "status " + kind;
@@ -34,12 +40,14 @@ function meters(holder, entries) {
     let box = holder.children[index];
     if (!box) {
       box = document.createElement("div");
-      box.innerHTML = '<div class="row"><span></span><span></span></div><div class="meter" role="meter" aria-valuemin="0" aria-valuemax="100"><i></i></div>';
+      box.innerHTML = '<div class="row"><span></span><span></span></div><div class="meter" role="meter" aria-valuemin="0" aria-valuemax="100"><i></i></div><p class="soft"></p>';
       holder.append(box);
     }
-    const [name, said] = box.firstElementChild.children, bar = box.lastElementChild;
+    const [row, bar, note] = box.children, [name, said] = row.children;
     name.textContent = entry.name;
     said.textContent = entry.said;
+    note.textContent = entry.note || "";
+    note.hidden = !entry.note;
     bar.className = "meter " + (entry.kind || "");
     bar.setAttribute("aria-label", entry.name);
     meter(bar, entry.share);
@@ -105,7 +113,24 @@ function show(now) {
     const found = now.latency[key];
     return `<tr><th scope="row">${name}</th>` + ["p50", "p90", "p99"].map((q) => `<td>${seconds(found[q])}</td>`).join("") + "</tr>";
   }).join("");
+  batches(now.batches);
   put("latency-window", `${number(now.latency.end_to_end_s.count, 9)} choices ended in the last ${number(now.latency_window_s, 2)} s.`);
+}
+
+function batches(found) {
+  get("batches-card").hidden = !found.running.length && !found.waiting;
+  meters(get("batches"), found.running.map((batch) => {
+    const read = batch.total !== null, share = read ? batch.done / Math.max(1, batch.total) : 0;
+    const left = batch.seconds_left === null ? "" : `, about\u00a0${duration(batch.seconds_left)}\u00a0left`;
+    return {
+      name: batch.name, share, said: read ? `${Math.floor(100 * share)}\u00a0%${left}` : "its file is being read",
+      note: !read ? batch.id : `${number(batch.done, 9)} of ${number(batch.total, 9)} requests done, ${number(batch.failed, 9)} failed; ` +
+        `${number(batch.prompt_tokens, 9)} tokens in, ${number(batch.output_tokens, 9)} out; ${batch.id}`,
+    };
+  }));
+  const waiting = found.waiting === 1 ? "1 batch waits" : `${number(found.waiting, 9)} batches wait`;
+  put("batches-waiting", found.waiting ? waiting + (found.running.length ? " behind it." : ".") : "");
+  get("batches-waiting").hidden = !found.waiting;
 }
 
 function charts() {
