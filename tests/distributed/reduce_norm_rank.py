@@ -76,8 +76,8 @@ class Checks:
 
     def part(self, rank: int, rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
         """What rank `rank` has."""
-        generator = torch.Generator().manual_seed(1000 * seed + rank)
-        return torch.randn(rows, width, generator=generator).to(dtype).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(1000 * seed + rank)
+        return torch.randn(rows, width, generator=generator, device=self.device).to(dtype)
 
     def run(self) -> None:
         """All shapes and types in both forms; raises `AssertionError`."""
