@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.core.batch import Int32Array
+from nanoflow.executor.copies import page_bytes
 from nanoflow.kvcache.dram_copies import CopyTransfer, DeviceCopies, page_lock, page_unlock
 from nanoflow.kvcache.dram_numa import node_of_pci_device
 from nanoflow.kvcache.mover import MoverStats
@@ -49,7 +50,7 @@ class StreamMover:
     def __init__(self, kv_layers: list[Tensor], main: torch.cuda.Stream | None) -> None:
         self.pins = main is not None
         self.node = _memory_node(kv_layers[0].device)
-        self.page_bytes = sum(layer[0].numel() * layer.element_size() for layer in kv_layers)
+        self.page_bytes = page_bytes(kv_layers)
         self.stats = MoverStats()
         self._layers = kv_layers
         self._main = main

@@ -72,7 +72,7 @@ def test_persistent_product(bias: bool, accumulate: bool, out_dtype: torch.dtype
     out = (random if accumulate else poisoned)(70, 72, out_dtype, "cpu")
     expected = (out.float() if accumulate else 0.0) + x.float() @ weight.float().t()
     expected += 0.0 if bias_n is None else bias_n.float()
-    gemm(x, weight, out, bias_n=bias_n, accumulate=accumulate, shape=SMALL, n_blocks=3)
+    gemm(x, weight, out, bias_n=bias_n, accumulate=accumulate, shape=SMALL)
     close(out, expected, 1e-3)
 
 
@@ -82,7 +82,7 @@ def test_persistent_product_with_silu_mul(bias: bool) -> None:
     bias_n = torch.randn(80).to(HALF) if bias else None
     product = x.float() @ weight.float().t() + (0.0 if bias_n is None else bias_n.float())
     out = poisoned(40, 40, HALF, "cpu")
-    gemm(x, interleaved(weight), out, bias_n=bias_n, silu_mul=True, shape=SMALL, n_blocks=3)
+    gemm(x, interleaved(weight), out, bias_n=bias_n, silu_mul=True, shape=SMALL)
     close(out, torch.nn.functional.silu(product[:, :40]) * product[:, 40:], 2e-3)
 
 

@@ -94,13 +94,12 @@ def copies_pages(page_tokens: int, dtype: torch.dtype) -> bool:
 def tensor_map(kv_layer: Tensor, box_rows: int) -> Argument:
     """How the copy engine sees a layer: (rows, head_dim), fetched in swizzled boxes of `box_rows` × `BOX_COLUMNS`."""
     head_dim = kv_layer.shape[-1]
-    rows = kv_layer.numel() // head_dim
-    return matrix_map(kv_layer.data_ptr(), rows, head_dim, head_dim, box_rows, kv_layer.dtype), None
+    return _matrix_map(kv_layer.data_ptr(), kv_layer.numel() // head_dim, head_dim, box_rows, kv_layer.dtype), None
 
 
 @functools.lru_cache(maxsize=4096)
-def matrix_map(address: int, rows: int, columns: int, row_stride: int, box_rows: int, dtype: torch.dtype) -> Any:
-    """How the copy engine sees a matrix of 16-bit elements: swizzled boxes of `box_rows` × `BOX_COLUMNS`."""
+def _matrix_map(address: int, rows: int, columns: int, box_rows: int, dtype: torch.dtype) -> Any:
+    """Of a packed matrix of 16-bit elements."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
@@ -112,7 +111,7 @@ def matrix_map(address: int, rows: int, columns: int, row_stride: int, box_rows:
             2,
             address,
             [wide(columns), wide(rows)],
-            [wide(row_stride * dtype.itemsize)],
+            [wide(columns * dtype.itemsize)],
             [narrow(BOX_COLUMNS), narrow(box_rows)],
             [narrow(1), narrow(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow.kernels.triton import decode_bulk, work_lists
+from nanoflow.kernels.triton.launch import LOG2_E
 from nanoflow.kernels.triton.layout import decode_shape, padded
 from nanoflow.kernels.triton.work_lists import DecodeWork
 
-LOG2_E = 1.4426950408889634
 _MERGE_PARTS = 8
 """Parts that a merge reads at once."""
 

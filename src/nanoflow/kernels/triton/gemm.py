@@ -24,7 +24,10 @@ from nanoflow.kernels.triton.activation import silu_mul_of
 
 @dataclass(frozen=True)
 class GemmShape:
-    """Tile, software pipeline and order of a launch. `group`: row tiles that share a column of weights at a time."""
+    """Tile, software pipeline and order of a launch. `group`: row tiles that share a column of weights at a time.
+
+    `flatten`: one loop over the steps of all tiles, so that the copies of the next tile begin before a tile has ended.
+    """
 
     m: int = 128
     n: int = 256
@@ -33,8 +36,6 @@ class GemmShape:
     stages: int = 3
     group: int = 16
     flatten: bool = True
-    specialised: bool = False
-    """Separate warps for copies and matrix units (only where the compiler supports it)."""
 
 
 @triton.jit
@@ -76,7 +77,6 @@ def _gemm(
     GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SPECIALISED: tl.constexpr,
 ):
     n_m = tl.cdiv(M, TILE_M)
     if GROUPED:
@@ -84,7 +84,7 @@ def _gemm(
     n_n = tl.cdiv(N, TILE_N)
     n_k = tl.cdiv(K, TILE_K)
     HALF: tl.constexpr = TILE_N // 2
-    for tile in tl.range(tl.program_id(0), n_m * n_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALISED):
+    for tile in tl.range(tl.program_id(0), n_m * n_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_of(tile, n_m, n_n, GROUP)
         m0 = tile_m * TILE_M
         n0 = tile_n * TILE_N
@@ -140,13 +140,12 @@ def gemm(
     silu_mul: bool = False,
     groups: tuple[Tensor, int] | None = None,
     shape: GemmShape | None = None,
-    n_blocks: int | None = None,
 ) -> None:
     """out = x Wᵀ + bias; += with `accumulate`; with `silu_mul` W's rows are interleaved and `out` is half as wide.
 
-    All operands `is_describable`; `out` may be float32 beside 16-bit ones; `bias_n` is not interleaved. `n_blocks`:
-    multiprocessors of the lane, which is asked if left out. `groups`: (int32: number of row tiles, then the weight of
-    each; n), with `weight_nk` a stack of weights of n rows.
+    All operands `is_describable`; `out` may be float32 beside 16-bit ones; `bias_n` is not interleaved. `groups`:
+    (int32: number of row tiles, then the weight of each; n), with `weight_nk` a stack of weights of n rows. One block
+    a multiprocessor of the lane, or a tile if there are fewer.
     """
     (n_rows, depth), width = x_mk.shape, weight_nk.shape[0]
     if groups is not None:
@@ -155,7 +154,7 @@ def gemm(
         return
     shape = shape or default_shape(x_mk.dtype, out_mn.dtype)
     n_tiles = launch.cdiv(n_rows, shape.m) * launch.cdiv(width, shape.n)
-    n_blocks = min(n_blocks or launch.lane_sms(x_mk.device), n_tiles)
+    n_blocks = min(launch.lane_sms(x_mk.device), n_tiles)
     _gemm[(n_blocks,)](
         descriptor(x_mk, shape.m, shape.k),
         descriptor(weight_nk, shape.n, shape.k),
@@ -175,7 +174,6 @@ def gemm(
         GROUPED=groups is not None,
         PRECISION="ieee" if x_mk.dtype == torch.float32 else "tf32",
         FLATTEN=shape.flatten and not launch.is_interpreted(),
-        SPECIALISED=shape.specialised and not launch.is_interpreted(),
         num_warps=shape.warps,
         num_stages=shape.stages,
     )

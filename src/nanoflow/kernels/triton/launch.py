@@ -9,6 +9,9 @@ import triton
 
 from nanoflow.device import cuda
 
+LOG2_E = 1.4426950408889634
+"""Softmax runs in base 2: the scale of the scores takes this factor."""
+
 
 def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`), on CPU tensors."""

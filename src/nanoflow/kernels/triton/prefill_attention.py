@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow.kernels.triton import prefill_bulk, work_lists
+from nanoflow.kernels.triton.launch import LOG2_E
 from nanoflow.kernels.triton.layout import padded, prefill_shape
 from nanoflow.kernels.triton.work_lists import PrefillWork
-
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit

@@ -128,17 +128,11 @@ def _draw(
     high = (key >> 32).to(tl.uint32)
     factor = 1.4426950408889634 / tl.maximum(temperature, 1.0e-6)
     if temperature <= 0.0:
-        best, token = _best_of(
-            row_ptr, first, end, factor, floor, low, high, False, False, FAST, BLOCK, GROUP
-        )  # fmt: skip
+        best, token = _best_of(row_ptr, first, end, factor, floor, low, high, False, False, FAST, BLOCK, GROUP)
     elif floor == float("-inf"):
-        best, token = _best_of(
-            row_ptr, first, end, factor, floor, low, high, True, False, FAST, BLOCK, GROUP
-        )  # fmt: skip
+        best, token = _best_of(row_ptr, first, end, factor, floor, low, high, True, False, FAST, BLOCK, GROUP)
     else:
-        best, token = _best_of(
-            row_ptr, first, end, factor, floor, low, high, True, True, FAST, BLOCK, GROUP
-        )  # fmt: skip
+        best, token = _best_of(row_ptr, first, end, factor, floor, low, high, True, True, FAST, BLOCK, GROUP)
     tl.store(best_ptr + row * n_splits + split, best)
     tl.store(token_ptr + row * n_splits + split, token)
 
