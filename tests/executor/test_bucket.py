@@ -14,7 +14,7 @@ from tests.executor.test_staging import PAGE, batch
 from nanoflow.core.batch import BatchPlan, Int32Array
 from nanoflow.core.presets import PRESETS
 from nanoflow.executor.bucket import Bucket, BucketLayout, SliceWork, bucket_sizes, slice_rows
-from nanoflow.executor.captured import _head_layout, _write_head
+from nanoflow.executor.head_states import head_layout, write_head
 from nanoflow.executor.pinned import Layout, PinnedStage, ResultRing, compact_pages
 from nanoflow.models.state import Activations, NanoBatch
 
@@ -158,9 +158,9 @@ def test_pieces_are_aligned_and_apart() -> None:
 
 
 def test_sampling_rows_beyond_the_plan_go_to_the_spare_slot() -> None:
-    keys, rows, slots, *_, min_p = _head_layout(6)
+    keys, rows, slots, *_, min_p = head_layout(6)
     host = np.full(min_p.stop, -9, dtype=np.int32)
     sampling = batch([3], []).sampling
-    _write_head(sampling, host, SPARE, 6)
+    write_head(sampling, host, SPARE, 6)
     assert host[slots].tolist() == [SPARE] * 6 and host[rows].tolist() == [0] * 6
     assert host[keys].tolist() == [0] * 12 and not (host == -9).any()
