@@ -29,8 +29,9 @@ import numpy as np
 
 from nanoflow.kvcache.dram import open_dram
 from nanoflow.kvcache.slab_jobs import SlabTransfer
-from nanoflow.kvcache.ssd import QUEUE_DEPTH, SsdTier, open_ssd
+from nanoflow.kvcache.ssd import SsdTier, open_ssd
 from nanoflow.kvcache.ssd_io import aligned_rows, open_io
+from nanoflow.kvcache.ssd_store import QUEUE_DEPTH
 from nanoflow.kvcache.tier import UInt8Array
 
 BATCH_PAGES = 64

@@ -66,12 +66,13 @@ class CacheConfig:
     kv_memory_bytes: int | None = _doc("KV cache size in bytes, instead of a fraction", default=None)
     enable_prefix_caching: bool = _doc("keep the KV pages of finished prompts and answers for reuse", default=True)
     kv_dram_bytes: int | None = _doc(
-        "memory of the host for KV pages that the device has no room for; 0 is none", default=None
+        "memory of the host for KV pages that the device has no room for, for all ranks together; 0 is none",
+        default=None,
     )
     kv_ssd_path: str | None = _doc(
         "folder for KV pages on an SSD, which survive a restart; none if left out", default=None
     )
-    kv_ssd_bytes: int | None = _doc("most that KV pages may take there", default=None)
+    kv_ssd_bytes: int | None = _doc("most that KV pages may take there, those of all ranks", default=None)
 
     def __post_init__(self) -> None:
         if self.page_tokens not in (16, 32, 64, 128):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
 
 from nanoflow.analysis.report import RunReport
 from nanoflow.analysis.work import WorkCounter, iteration_work
 from nanoflow.core.config import EngineConfig
-from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.core.hardware_presets import with_known_energies
 from nanoflow.core.log import get_logger
@@ -21,12 +19,13 @@ from nanoflow.distributed.sharding import shard_of
 from nanoflow.engine.caching import cache_root, make_mover, store_layout, tiers_below, wants_tiers
 from nanoflow.engine.core import EngineCore
 from nanoflow.engine.placing import Rank, join, load_and_place
-from nanoflow.engine.ranks import GroupLauncher, GroupMover, RankGroup
+from nanoflow.engine.rank_link import GroupLink
+from nanoflow.engine.ranks import GroupLauncher, RankGroup
 from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, find_tuned, open_device, resolve_dtype
 from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
 from nanoflow.engine.submission import Submission
 from nanoflow.kernels.registry import create
-from nanoflow.kvcache.mover import PageMover
+from nanoflow.kvcache.ranked_mover import RankedMover
 from nanoflow.models.registry import ModelFiles, load_tokenizer, resolve_model
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
@@ -60,16 +59,7 @@ class Engine:
         rates = measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
         if self.device.kind == "cuda":
             rates = with_known_energies(rates, self.device.name)
-        cards = self.config.device.tensor_parallel_size if self.device.kind == "cuda" else 1
-        if cards == 1:
-            return rates
-        budget = None if rates.power_budget_w is None else cards * rates.power_budget_w
-        return replace(
-            rates,
-            flops_per_s=cards * rates.flops_per_s,
-            mem_bytes_per_s=cards * rates.mem_bytes_per_s,
-            power_budget_w=budget,
-        )
+        return _of_all_ranks(rates, self.config)
 
     @property
     def failed(self) -> bool:
@@ -84,6 +74,8 @@ class Engine:
     def close(self) -> None:
         """Keep what the KV cache's lower tiers can keep, then stop ranks and the device's lanes. Idempotent."""
         try:
+            if self.failed:
+                self.core.scheduler.residency.abandon()
             self.core.scheduler.residency.close()
         finally:
             if self.ranks is not None:
@@ -112,13 +104,22 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     dtype = TORCH_DTYPES[config.model.dtype]
     kernels = create(config.device.kernels, device.kind, dtype)
     ranks = config.device.tensor_parallel_size
-    _check_ranks(config)
     kept = find_tuned(config, spec, device, kernels.name) if ranks == 1 else None
     pipeline = choose_pipeline(config, layer_graph(spec, ranks), kept, kind=device.kind)
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
     group, rank = (None, None) if ranks == 1 else _gather_ranks(config, files, device, pipeline)
+    least_work = iteration_work(spec, config.model.dtype)
     try:
         config, executor = load_and_place(config, files, kernels, device, pipeline, rank, show_progress=show_progress)
+        mover, link, lower = make_mover(executor, device, pipeline), None, None
+        if group is not None:
+            link = GroupLink(group)
+            executor = GroupLauncher(group, executor)
+            mover = None if mover is None else RankedMover(mover, link)
+        if wants_tiers(config.cache):
+            rates = measure_rates(device.kind, config.model.dtype, config.device.threads)
+            layout = store_layout(config, files, kernels.name)
+            lower = tiers_below(config, mover, least_work, _of_all_ranks(rates, config), layout, link)
     except BaseException as error:
         if group is not None:
             _disband(group, error)
@@ -128,14 +129,6 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     assert config.cache.kv_memory_bytes and config.scheduler.max_running and config.model.max_model_len
     n_pages = config.cache.kv_memory_bytes // (page * local.kv_bytes_per_token(config.model.dtype))
     eos_ids = tuple(dict.fromkeys([*spec.eos_ids, *tokenizer.eos_ids]))
-    least_work = iteration_work(spec, config.model.dtype)
-    mover, lower = make_mover(executor, device, pipeline), None
-    if group is not None:
-        executor = GroupLauncher(group, executor)
-        mover = None if mover is None else cast(PageMover, GroupMover(group, mover))
-    if wants_tiers(config.cache):
-        rates = measure_rates(device.kind, config.model.dtype, config.device.threads)
-        lower = tiers_below(config, mover, least_work, rates, store_layout(config, files, kernels.name))
     scheduler = Scheduler(
         SchedulerLimits(
             dense_batch=pipeline.dense_batch,
@@ -159,9 +152,17 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     return Engine(config, spec, tokenizer, pipeline, device, core, submission, kernels.name, group, rank)
 
 
-def _check_ranks(config: EngineConfig) -> None:
-    if config.device.tensor_parallel_size > 1 and wants_tiers(config.cache):
-        raise ConfigError("kv_dram_bytes and kv_ssd_path work on one rank; drop them, or drop tensor_parallel_size.")
+def _of_all_ranks(rates: MachineRates, config: EngineConfig) -> MachineRates:
+    """The rates of one device as those of all: GPUs add up, while a CPU's ranks share what was measured."""
+    cards = config.device.tensor_parallel_size if config.device.device == "cuda" else 1
+    if cards == 1:
+        return rates
+    return replace(
+        rates,
+        flops_per_s=cards * rates.flops_per_s,
+        mem_bytes_per_s=cards * rates.mem_bytes_per_s,
+        power_budget_w=None if rates.power_budget_w is None else cards * rates.power_budget_w,
+    )
 
 
 def _gather_ranks(

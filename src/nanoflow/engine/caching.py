@@ -18,13 +18,17 @@ from nanoflow.engine.core import Launcher
 from nanoflow.executor.copies import LaneMover
 from nanoflow.executor.executor import Executor
 from nanoflow.kvcache.chain import root_key
-from nanoflow.kvcache.dram import open_dram
+from nanoflow.kvcache.dram import DramTier, check_memory, open_pool
 from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
-from nanoflow.kvcache.policy import RecomputeCost, ReloadPolicy
-from nanoflow.kvcache.ssd import open_ssd
-from nanoflow.kvcache.ssd_folders import store_folder
+from nanoflow.kvcache.policy import GUESSED_COPY_BYTES_PER_S, RecomputeCost, ReloadPolicy
+from nanoflow.kvcache.rank_link import RankLink, TiersToOpen
+from nanoflow.kvcache.ranked_ssd import RankedSsdTier
+from nanoflow.kvcache.ssd import SsdTier
+from nanoflow.kvcache.ssd_folders import rank_layout, store_folder
+from nanoflow.kvcache.ssd_store import open_store
+from nanoflow.kvcache.tier import slot_bytes_of
 from nanoflow.models.registry import ModelFiles
 from nanoflow.pipeline.pipeline import Pipeline
 
@@ -77,31 +81,72 @@ def wants_tiers(cache: CacheConfig) -> bool:
 
 
 def tiers_below(
-    config: EngineConfig, mover: PageMover | None, work: IterationWork, rates: MachineRates, layout: str
+    config: EngineConfig,
+    mover: PageMover | None,
+    work: IterationWork,
+    rates: MachineRates,
+    layout: str,
+    link: RankLink | None = None,
 ) -> Callable[[PagePool], LowerTiers]:
-    """Opens the tiers that the config asks for; the result hangs them below a pool.
+    """Opens the tiers that the config asks for, on all ranks; the result hangs them below a pool.
 
-    `layout` names everything but tokens and salt that a page's bytes depend on. Raises `ConfigError` if a tier cannot
-    be had.
+    `layout` names everything but tokens and salt that a page's bytes depend on, `rates` are those of all devices
+    together, `link` leads to the other ranks. Raises `ConfigError` if a tier cannot be had.
     """
     if mover is None:
         raise ConfigError("this device cannot copy KV pages to DRAM yet; drop kv_dram_bytes and kv_ssd_path.")
-    cache, page_bytes = config.cache, mover.page_bytes
+    cache, n_ranks = config.cache, config.device.tensor_parallel_size
+    page_bytes = [mover.page_bytes, *(() if link is None else link.ask("page_bytes")())]
+    slot_bytes = sum(map(slot_bytes_of, page_bytes))
     dram_bytes = cache.kv_dram_bytes or min(STAGING_BYTES, env.available_memory_bytes() // 8)
-    ssd = None
+    n_dram = _slots("a DRAM", dram_bytes, slot_bytes, sum(page_bytes))
+    check_memory(n_dram * slot_bytes)
+    n_ssd = 0
     if cache.kv_ssd_path is not None:
-        folder = store_folder(Path(cache.kv_ssd_path), layout)
-        ssd = open_ssd(folder, cache.kv_ssd_bytes or _half_of_disk(folder), page_bytes, layout)
-    dram = open_dram(dram_bytes, page_bytes, pin=mover.pin if mover.pins else None, node=mover.node)
+        ssd_bytes = cache.kv_ssd_bytes or _half_of_disk(Path(cache.kv_ssd_path), layout, n_ranks)
+        n_ssd = _slots("an SSD", ssd_bytes, slot_bytes, sum(page_bytes))
+    wanted = TiersToOpen(n_ranks, n_dram, n_ssd, cache.kv_ssd_path, layout)
+    dram, ssd = _open_tiers(wanted, mover, link)
     mover.attach(dram.pool)
     cost = RecomputeCost(work.flops_per_token, work.flops_per_pair, rates.flops_per_s)
-    policy = ReloadPolicy(cache.page_tokens, page_bytes, cost)
-    return lambda pool: LowerTiers(pool, mover, dram, ssd, policy)
+    n_links = n_ranks if config.device.device == "cuda" else 1  # each GPU has its own; a CPU's ranks share the memory
+    policy = ReloadPolicy(cache.page_tokens, sum(page_bytes), cost, n_links * GUESSED_COPY_BYTES_PER_S)
+    flush = {} if link is None else {"flush": link.flush}
+    return lambda pool: LowerTiers(pool, mover, dram, ssd, policy, **flush)
 
 
-def _half_of_disk(folder: Path) -> int:
-    """Half of what is free, or taken by the store already."""
-    taken = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    n_bytes = (shutil.disk_usage(folder).free + taken) // 2
+def _open_tiers(wanted: TiersToOpen, mover: PageMover, link: RankLink | None) -> tuple[DramTier, SsdTier | None]:
+    """All ranks open theirs at the same time."""
+    answers = None if link is None else link.ask("open", wanted)
+    store = None
+    if wanted.ssd_path is not None:
+        layout = rank_layout(wanted.layout, 0, wanted.n_ranks)
+        store = open_store(store_folder(Path(wanted.ssd_path), layout), wanted.n_ssd, mover.page_bytes, layout)
+    try:
+        pool = open_pool(wanted.n_dram, mover.page_bytes, pin=mover.pin if mover.pins else None, node=mover.node)
+        others = None if answers is None else answers()
+    except BaseException:
+        if store is not None:
+            store.shut()
+        raise
+    if store is None:
+        return DramTier(pool), None
+    if link is None or others is None:
+        return DramTier(pool), SsdTier(store, store.entries, store.writer, store.reader)
+    return DramTier(pool), RankedSsdTier(store, others, link)
+
+
+def _slots(tier: str, n_bytes: int, slot_bytes: int, page_bytes: int) -> int:
+    """How many pages a tier of `n_bytes`, over all ranks, has room for."""
+    if n_bytes < slot_bytes:
+        raise ConfigError(f"{tier} tier of {n_bytes} bytes holds no page of {page_bytes}; raise its size.")
+    return n_bytes // slot_bytes
+
+
+def _half_of_disk(path: Path, layout: str, n_ranks: int) -> int:
+    """Half of what is free, or taken by the stores of this layout already."""
+    folders = [store_folder(path, rank_layout(layout, rank, n_ranks)) for rank in range(n_ranks)]
+    taken = sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file())
+    n_bytes = (shutil.disk_usage(folders[0]).free + taken) // 2
     _log.info("kv_ssd_bytes: %d (half of the disk's free space)", n_bytes)
     return n_bytes

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from nanoflow.engine.ranks import RankJob
 from nanoflow.engine.resolve import TORCH_DTYPES, open_device
 from nanoflow.kernels.registry import create
 from nanoflow.kvcache.mover import PageMover
+from nanoflow.kvcache.rank_tiers import RankTiers
 from nanoflow.models.registry import resolve_model
 from nanoflow.pipeline.pipeline import Pipeline
 
 _log = get_logger(__name__)
 
 _LOOK_S = 1.0
+_SPEAKING = threading.Lock()
+"""Held while something is said to rank 0: several threads do."""
 
 
 def main() -> None:
@@ -57,17 +61,20 @@ def _follow(job: RankJob, pipe: Connection, memory: int) -> None:
     kernels = create(config.device.kernels, device.kind, TORCH_DTYPES[config.model.dtype])
     _, executor = load_and_place(config, files, kernels, device, pipeline, rank, show_progress=False)
     mover: PageMover | None = make_mover(executor, device, pipeline)
+    tiers = None if mover is None else RankTiers(job.rank, mover, partial(_tell, pipe), partial(_give_up, pipe))
     launched: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read_results, args=(launched, pipe), name="results", daemon=True).start()
     receiver = Receiver(memory, pipe, job.rank - 1)
     while True:
-        kind, *values = receiver.receive()
+        posted, kind, *values = receiver.receive()
+        if posted:
+            assert tiers is not None, "rank 0 has a mover too"
+            tiers.carry_out(posted)
         if kind == "stop":
+            if tiers is not None:
+                tiers.close()
             return
-        if kind == "copy":
-            assert mover is not None, "rank 0 has one"
-            mover.copy(*values)
-        else:
+        if kind == "launch":
             launched.put(executor.launch(*values))
 
 
@@ -81,13 +88,23 @@ def _read_results(launched: queue.SimpleQueue[Any], pipe: Connection) -> None:
             _give_up(pipe, error)
 
 
+def _tell(pipe: Connection, number: int, answer: Any) -> None:
+    """Answer rank 0's command `number`; any thread may."""
+    try:
+        with _SPEAKING:
+            pipe.send((number, answer))
+    except OSError:
+        _leave(1)
+
+
 def _give_up(pipe: Connection, error: BaseException) -> None:
     """Tell rank 0 why, and end. If rank 0 is gone too, there is nobody to tell."""
     if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
         _leave(1)
     _log.debug("rank failed:\n%s", "".join(traceback.format_exception(error)))
     try:
-        pipe.send(f"has failed ({type(error).__name__}: {error})")
+        with _SPEAKING:
+            pipe.send(f"has failed ({type(error).__name__}: {error})")
     except OSError:
         _leave(1)
     _leave(1)

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nanoflow.core.batch import BatchPlan, BatchResult, Int32Array
+from nanoflow.core.batch import BatchPlan, BatchResult
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import RankFailedError
 from nanoflow.core.log import get_logger
@@ -73,6 +73,10 @@ class RankGroup:
     def __init__(self, config: EngineConfig, pipeline: Pipeline) -> None:
         self.failure: RankFailedError | None = None
         self.on_failure: Callable[[], None] = _nothing
+        self.on_end: Callable[[], None] = _nothing
+        self.on_answer: Callable[[int, int, Any], None] = _nothing
+        self.posted: list[tuple[int, str, tuple[Any, ...]]] = []
+        """Commands about KV pages that go with whatever is sent next (`engine/rank_link.py`)."""
         self.abort_collectives: Callable[[], None] = _nothing
         self._failed = threading.Event()
         self._closing = False
@@ -125,10 +129,11 @@ class RankGroup:
                 self.check()
 
     def send(self, kind: str, *values: Any) -> None:
-        """Give every worker a command. Raises `RankFailedError` if one is gone."""
+        """Give every worker a command, after what was posted. Raises `RankFailedError` if one is gone."""
         self.check()
+        posted, self.posted = self.posted, []
         try:
-            self._sender.send((kind, *values))
+            self._sender.send((posted, kind, *values))
         except OSError as error:
             self.explain(error)
             raise
@@ -141,7 +146,7 @@ class RankGroup:
             self._closing = True
         if self.failure is None:
             with contextlib.suppress(OSError):
-                self._sender.send(("stop",))
+                self._sender.send(([], "stop"))
         deadline = time.monotonic() + _STOP_S
         for worker in self._workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -161,19 +166,22 @@ class RankGroup:
                 worker.process.stdin.close()
 
     def _watch(self) -> None:
-        """The monitor's thread: the first message or closed pipe of a worker is the end of the group."""
+        """The monitor's thread: passes answers on, until a worker tells a failure or closes its pipe."""
         by_pipe = {worker.pipe: worker for worker in self._workers}
-        ready: list[Any] = []
-        while not ready:
-            ready = wait(list(by_pipe), timeout=_LOOK_S)
-            if self._closing:
-                return
-        worker = by_pipe[ready[0]]
-        try:
-            reason = str(worker.pipe.recv())
-        except (EOFError, OSError):
-            reason = _how_it_ended(worker.process)
-        self.give_up(f"rank {worker.rank} of the model (process {worker.process.pid}) {reason}")
+        while not self._closing:
+            for pipe in wait(list(by_pipe), timeout=_LOOK_S):
+                assert isinstance(pipe, Connection)
+                worker = by_pipe[pipe]
+                try:
+                    message = pipe.recv()
+                except (EOFError, OSError):
+                    message = _how_it_ended(worker.process)
+                if self._closing:
+                    return
+                if isinstance(message, str):
+                    self.give_up(f"rank {worker.rank} of the model (process {worker.process.pid}) {message}")
+                    return
+                self.on_answer(worker.rank, *message)
 
     def give_up(self, reason: str) -> None:
         """End all ranks, once: what waits for the group now, or asks it later, gets a `RankFailedError`."""
@@ -186,6 +194,7 @@ class RankGroup:
         self._failed.set()
         with contextlib.suppress(Exception):  # whatever state the library is in: the group is given up
             self.abort_collectives()
+        self.on_end()
         self.on_failure()
 
 
@@ -217,7 +226,7 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
     return f"was killed by signal {-code}"
 
 
-def _nothing() -> None:
+def _nothing(*_: Any) -> None:
     """Nobody has asked to be told."""
 
 
@@ -257,19 +266,3 @@ class GroupLauncher:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
-
-
-class GroupMover:
-    """Copies KV pages inside the device on all ranks: each has its own heads of every page."""
-
-    def __init__(self, group: RankGroup, inner: Any) -> None:
-        self._group = group
-        self._inner = inner
-
-    def copy(self, sources: Int32Array, targets: Int32Array) -> None:
-        """See `kvcache.mover.PageMover.copy`."""
-        self._group.send("copy", sources, targets)
-        self._inner.copy(sources, targets)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)

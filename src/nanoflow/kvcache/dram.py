@@ -21,11 +21,11 @@ from nanoflow.kvcache.dram_numa import place_near
 from nanoflow.kvcache.slab_jobs import Job, Worker
 from nanoflow.kvcache.slab_table import Int64Array, SlotTable
 from nanoflow.kvcache.slab_tier import SlabTier
-from nanoflow.kvcache.tier import UInt8Array
+from nanoflow.kvcache.tier import UInt8Array, slot_bytes_of
 
 log = get_logger(__name__)
 
-_ALIGNMENT = 4096
+_SYSTEM_PAGE_BYTES = 4096
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap
 _TOUCH_BYTES = 64 << 20
@@ -91,21 +91,33 @@ def open_dram(
     node to prefer (`dram_numa.node_of_pci_device`); None spreads over those in use. Raises `ConfigError` if the limit
     is below one page or beyond the memory that is free.
     """
-    slot_bytes = -(-page_bytes // _ALIGNMENT) * _ALIGNMENT
-    n_slots = capacity_bytes // slot_bytes
+    n_slots = capacity_bytes // slot_bytes_of(page_bytes)
     if n_slots < 1:
         raise ConfigError(f"a DRAM tier of {capacity_bytes} bytes holds no page of {page_bytes}; raise its size.")
-    available = env.available_memory_bytes()
-    if n_slots * slot_bytes > available:
-        raise ConfigError(
-            f"a DRAM tier of {capacity_bytes / 2**30:.1f} GiB does not fit into the {available / 2**30:.1f} GiB of "
-            "memory that is free; lower its size."
-        )
+    return DramTier(open_pool(n_slots, page_bytes, pin=pin, node=node))
+
+
+def open_pool(
+    n_slots: int, page_bytes: int, *, pin: Callable[[UInt8Array], object] | None = None, node: int | None = None
+) -> UInt8Array:
+    """The memory of a DRAM tier, uint8 (n_slots, page_bytes); see `open_dram`, also for what is raised."""
+    slot_bytes = slot_bytes_of(page_bytes)
+    check_memory(n_slots * slot_bytes)
     slots = _pool(n_slots, slot_bytes, node)
     if pin is not None:
         pin(slots)
     log.info("DRAM tier: %d pages of %d bytes%s", n_slots, page_bytes, "" if pin is None else ", page-locked")
-    return DramTier(slots[:, :page_bytes])
+    return slots[:, :page_bytes]
+
+
+def check_memory(n_bytes: int) -> None:
+    """Raise `ConfigError` if a DRAM tier of `n_bytes` does not fit into the memory that is free."""
+    available = env.available_memory_bytes()
+    if n_bytes > available:
+        raise ConfigError(
+            f"a DRAM tier of {n_bytes / 2**30:.1f} GiB does not fit into the {available / 2**30:.1f} GiB of "
+            "memory that is free; lower its size."
+        )
 
 
 def _pool(n_slots: int, slot_bytes: int, node: int | None) -> UInt8Array:
@@ -128,4 +140,4 @@ def _touch(area: mmap.mmap, pool: UInt8Array) -> None:
         area.madvise(_MADV_POPULATE_WRITE)
     except (OSError, AttributeError):  # an older kernel, or none that has it
         for start in range(0, len(pool), _TOUCH_BYTES):
-            pool[start : start + _TOUCH_BYTES : _ALIGNMENT] = 0
+            pool[start : start + _TOUCH_BYTES : _SYSTEM_PAGE_BYTES] = 0

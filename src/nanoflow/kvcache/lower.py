@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ from nanoflow.core.batch import Int32Array
 from nanoflow.core.stats import TierFill
 from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
-from nanoflow.kvcache.policy import GUESSED_COPY_BYTES_PER_S, GUESSED_READ_BYTES_PER_S, Bandwidth, ReloadPolicy
+from nanoflow.kvcache.policy import GUESSED_READ_BYTES_PER_S, Bandwidth, ReloadPolicy
+from nanoflow.kvcache.slab_jobs import PoolRows
 from nanoflow.kvcache.tier import MemoryTier, Tier, Transfer
 from nanoflow.kvcache.transfers import Fetch, Offload, Reload, Write
 
@@ -28,20 +29,32 @@ WRITE_PAGES = 128
 POLL_S = 0.0005
 
 
+def _nothing_waits() -> bool:
+    return True
+
+
 class LowerTiers:
     """DRAM, and perhaps an SSD, below the pages of `pool`. Called by the engine's thread alone.
 
-    Sequences of keys are in chain order; `first_page` is the place of the first one in its sequence.
+    Sequences of keys are in chain order; `first_page` is the place of the first one in its sequence. Where work waits
+    for the next batch to be handed on, as to other ranks, `flush` hands it on without one; False: nobody is there.
     """
 
     def __init__(
-        self, pool: PagePool, mover: PageMover, dram: MemoryTier, ssd: Tier | None, policy: ReloadPolicy
+        self,
+        pool: PagePool,
+        mover: PageMover,
+        dram: MemoryTier,
+        ssd: Tier | None,
+        policy: ReloadPolicy,
+        flush: Callable[[], bool] = _nothing_waits,
     ) -> None:
         self.dram = dram
         self.ssd = ssd
         self._pool = pool
         self._mover = mover
         self._policy = policy
+        self._flush = flush
         self._offloads: list[Offload] = []
         self._reloads: list[Reload] = []
         self._fetches: list[Fetch] = []
@@ -113,7 +126,7 @@ class LowerTiers:
         slots = self._reserve(keys, wanted)
         if len(slots):
             wanted = wanted[: len(slots)]
-            rows = [self.dram.pool[slot] for slot in slots.tolist()]
+            rows = PoolRows(self.dram.pool, slots)
             self._fetching.update(wanted)
             self._fetches.append(Fetch(keys, wanted, self.ssd.get_many(wanted, rows), time.monotonic()))
 
@@ -154,6 +167,7 @@ class LowerTiers:
 
     def wait(self, limit_s: float = 0.002) -> None:
         """Give transfers a moment, at most `limit_s`: the device has nothing else to do."""
+        self._flush()
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline and not any(transfer.poll() for transfer in self._transfers()):
             time.sleep(POLL_S)
@@ -167,16 +181,17 @@ class LowerTiers:
         if self._closed:
             return
         self._closed = True
-        if self._abandoned:  # copies may still write to the pool: it stays until the process ends
-            if self.ssd is not None:
-                self.ssd.close()
-            return
-        while self._offloads or self._reloads or self._fetches or self._write or self._unwritten:
+        while not self._abandoned and (self._offloads or self._reloads or self._fetches or self.has_writes):
+            if not self._flush():
+                self._abandoned = True
+                break
             for transfer in list(self._transfers()):
                 transfer.result()
             self.poll()
         if self.ssd is not None:
             self.ssd.close()
+        if self._abandoned:  # copies may still write to the pool: it stays until the process ends
+            return
         self._mover.close()
         self.dram.close()
 
@@ -265,12 +280,12 @@ class LowerTiers:
             slots = self.dram.pin(keys)
             held = [key for key, slot in zip(keys, slots.tolist(), strict=True) if slot >= 0]
             if held:
-                rows = [self.dram.pool[slot] for slot in slots[slots >= 0].tolist()]
+                rows = PoolRows(self.dram.pool, slots[slots >= 0])
                 self._write = Write(chain, held, ssd.put_many(held, rows))
 
     def _reload_bandwidth(self) -> Bandwidth:
         stats = self._mover.stats
-        return Bandwidth(stats.reloaded_bytes, stats.reload_s, GUESSED_COPY_BYTES_PER_S)
+        return Bandwidth(stats.reloaded_bytes, stats.reload_s, self._policy.guessed_copy_bytes_per_s)
 
     def _read_bandwidth(self) -> Bandwidth:
         assert self.ssd is not None

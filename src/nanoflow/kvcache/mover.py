@@ -47,7 +47,11 @@ class PageMover(Protocol):
     """Whether the pool's memory should be page-locked by `pin`."""
     node: int | None
     """The memory node that the pool should lie on; None where it does not matter."""
-    stats: MoverStats
+
+    @property
+    def stats(self) -> MoverStats:
+        """What was moved so far."""
+        ...
 
     def pin(self, memory: UInt8Array) -> None:
         """Page-lock `memory`, which will hold the pool."""

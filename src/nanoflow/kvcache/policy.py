@@ -44,11 +44,15 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class ReloadPolicy:
-    """Decides for runs of pages. `cost` None means that recomputing is never the better way."""
+    """Decides for runs of pages. `cost` None means that recomputing is never the better way.
+
+    `page_bytes` are all ranks'; `guessed_copy_bytes_per_s` holds for the links of all devices until they are measured.
+    """
 
     page_tokens: int
     page_bytes: int
     cost: RecomputeCost | None = None
+    guessed_copy_bytes_per_s: float = GUESSED_COPY_BYTES_PER_S
 
     def pays(self, first_page: int, n_pages: int, *way: Bandwidth) -> bool:
         """Whether pages [first_page, first_page + n_pages) of a sequence come faster over all of `way`."""

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,24 @@ CORRUPT = -1
 """The code of a page whose bytes do not have the checksum that they were stored with."""
 
 _GROUP_BYTES = 128 << 20  # taken from the queue at once: long enough that what a round costs besides copying is nothing
+
+
+class PoolRows(list[UInt8Array]):
+    """Rows of a pool that remember their `slots` there: other ranks have pools of their own, with the same slots."""
+
+    def __init__(self, pool: UInt8Array, slots: Int64Array) -> None:
+        super().__init__(pool[slot] for slot in slots.tolist())
+        self.slots = slots
+
+
+def rows_at(rows: Sequence[UInt8Array], places: Sequence[int]) -> Sequence[UInt8Array]:
+    """Some of `rows`; those of a pool still know their slots."""
+    if not isinstance(rows, PoolRows):
+        return [rows[place] for place in places]
+    chosen = PoolRows.__new__(PoolRows)
+    chosen.extend(rows[place] for place in places)
+    chosen.slots = rows.slots[list(places)]
+    return chosen
 
 
 @dataclass
@@ -63,6 +82,31 @@ class SlabTransfer:
         for row, job, i in self._parts:
             self._known[row] = job.codes[i] == 0
         return self._known
+
+
+class Carrier(Protocol):
+    """What carries jobs out: a `Worker`, or those of all ranks together (`kvcache/ranked_ssd.py`)."""
+
+    on_end: Callable[[Job], None]
+    """Told of each job that has ended, in any thread."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Carried so far."""
+        ...
+
+    @property
+    def busy_s(self) -> float:
+        """Time with a job under way."""
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Begin with `job` when those before it are done. Returns at once."""
+        ...
+
+    def stop(self) -> None:
+        """Finish what was submitted; nothing follows."""
+        ...
 
 
 class Worker(ABC):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nanoflow.core.log import get_logger
-from nanoflow.kvcache.slab_jobs import CORRUPT, Job, SlabTransfer, Worker
+from nanoflow.kvcache.slab_jobs import CORRUPT, Carrier, Job, SlabTransfer, rows_at
 from nanoflow.kvcache.slab_table import Int64Array, SlotTable
 from nanoflow.kvcache.tier import BoolArray, TierStats, UInt8Array
 
@@ -21,11 +21,11 @@ log = get_logger(__name__)
 
 
 class SlabTier:
-    """The methods of `Tier` over a `SlotTable` and two workers, which the tiers themselves bring."""
+    """The methods of `Tier` over a `SlotTable` and what carries jobs in and out, which the tiers themselves bring."""
 
     name = ""
 
-    def __init__(self, where: str, page_bytes: int, table: SlotTable, writer: Worker, reader: Worker) -> None:
+    def __init__(self, where: str, page_bytes: int, table: SlotTable, writer: Carrier, reader: Carrier) -> None:
         self.page_bytes = page_bytes
         self.capacity_pages = table.n_slots
         self._where, self._table, self._writer, self._reader = where, table, writer, reader
@@ -64,7 +64,7 @@ class SlabTier:
         self._table.unpin(held)
         if len(slots):
             taken = new[: len(slots)]
-            job = self._job(taken, slots, [pages[rows[key]] for key in taken])
+            job = self._job(taken, slots, rows_at(pages, [rows[key] for key in taken]))
             self._in_flight.update((key, (job, i)) for i, key in enumerate(taken))
             self._writer.submit(job)
         parts = [(row, *self._in_flight[key]) for row, key in enumerate(keys) if key in self._in_flight]
@@ -77,7 +77,7 @@ class SlabTier:
         rows = np.flatnonzero(all_slots >= 0).tolist()
         parts: list[tuple[int, Job, int]] = []
         if rows:
-            job = self._job([keys[row] for row in rows], all_slots[rows], [out[row] for row in rows])
+            job = self._job([keys[row] for row in rows], all_slots[rows], rows_at(out, rows))
             parts = [(row, job, i) for i, row in enumerate(rows)]
             self._reader.submit(job)
         return SlabTransfer(self.settle, np.zeros(len(keys), dtype=np.bool_), parts)

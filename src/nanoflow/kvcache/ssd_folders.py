@@ -1,4 +1,4 @@
-"""The folder that a user names for KV pages holds a store for each model and page layout; this finds and names them."""
+"""The folder that a user names for KV pages holds a store for each model, page layout and rank; this names them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def store_folder(path: Path, layout: str) -> Path:
     except OSError as error:
         raise ConfigError(f"kv_ssd_path {path} cannot be used ({error.strerror}); name another folder.") from error
     return folder
+
+
+def rank_layout(layout: str, rank: int, n_ranks: int) -> str:
+    """The layout of one rank's part of the pages: another one for every rank and number of ranks."""
+    return layout if n_ranks == 1 else f"{layout}, rank {rank} of {n_ranks}"
 
 
 def stores_in(path: Path) -> list[Path]:

@@ -22,8 +22,8 @@ from nanoflow.kvcache.slab_index import (
     read_records,
 )
 from nanoflow.kvcache.slab_jobs import Job
-from nanoflow.kvcache.ssd import QUEUE_DEPTH
 from nanoflow.kvcache.ssd_io import aligned_rows, open_io
+from nanoflow.kvcache.ssd_store import QUEUE_DEPTH
 from nanoflow.kvcache.ssd_worker import Reader
 from nanoflow.kvcache.tier import UInt8Array
 

@@ -34,6 +34,13 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 KEY_BYTES = 16
 """Length of a page's key."""
 
+_SLOT_ALIGNMENT = 4096
+
+
+def slot_bytes_of(page_bytes: int) -> int:
+    """What a page takes, in DRAM as on an SSD: whole blocks, so that it can pass between them uncopied."""
+    return -(-page_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+
 
 @dataclass(frozen=True)
 class TierStats:
