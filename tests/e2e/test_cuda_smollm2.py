@@ -125,12 +125,15 @@ def test_company_changes_no_more_than_rounding(gpu_llm: LLM, hf_model: Any, note
     assert relative(crowded, alone) <= 1.5 * relative(alone, exact)
 
 
-def test_greedy_text_is_sensible(gpu_llm: LLM, note: Note) -> None:
-    outputs = gpu_llm.chat(
-        [[{"role": "user", "content": question}] for question in QUESTIONS],
-        SamplingParams(temperature=0, max_tokens=24),
-        use_tqdm=False,
-    )
+def test_greedy_text_is_sensible(note: Note) -> None:
+    """In a quantised model's default, float16: two first words nearly tie, nearer than bfloat16 rounds."""
+    with LLM("smollm2", device=DEVICE, max_model_len=1024, kv_memory_bytes=1 << 30, show_progress=False) as llm:
+        note("precision", llm._engine.config.model.dtype)
+        outputs = llm.chat(
+            [[{"role": "user", "content": question}] for question in QUESTIONS],
+            SamplingParams(temperature=0, max_tokens=24),
+            use_tqdm=False,
+        )
     for output, (question, word) in zip(outputs, QUESTIONS.items(), strict=True):
         note(question, output.outputs[0].text)
         assert word in output.outputs[0].text

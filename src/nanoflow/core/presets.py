@@ -33,6 +33,7 @@ _SPECS = (
         tie_embeddings=True,
         bos_id=1,
         eos_ids=(2,),
+        dtype="float16",
     ),
     # meta-llama/Meta-Llama-3-8B-Instruct
     ModelSpec(
