@@ -34,6 +34,7 @@ def test_a_recording_replays_its_launches_in_order() -> None:
 def test_a_recording_lasts_about_as_long_as_asked_for() -> None:
     stream = torch.cuda.Stream()
     source, target = torch.randn(2, 1 << 28, device="cuda")  # 2 GiB to move: about half a millisecond on an H200
+    torch.cuda.synchronize()
 
     def step(_: int) -> None:
         target.copy_(source)
