@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,13 @@ class Slow:
 
     implementation = "slow"
     ops = (Op.QKV,)
+    variants: Mapping[Op, tuple[str, ...]] = {}
 
     def __init__(self, disturbed: set[int]) -> None:
         self.disturbed = disturbed
         self.asked: list[int] = []
 
-    def step(self, op: Op, tokens: int) -> Any:
+    def step(self, op: Op, tokens: int, variant: str = "") -> Any:
         self.asked.append(tokens)
         factor = 10.0 if tokens in self.disturbed and self.asked.count(tokens) == 1 else 1.0
         import time

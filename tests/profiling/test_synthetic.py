@@ -9,7 +9,7 @@ from nanoflow.core.errors import ConfigError
 from nanoflow.core.ops import Op
 from nanoflow.device.cpu import CpuDevice
 from nanoflow.profiling.synthetic import make_plan, pages_for, steady_mix
-from nanoflow.profiling.tasks import Settings, pair_tasks, solo_tasks
+from nanoflow.profiling.tasks import Settings, network_splits, network_tasks, pair_tasks, solo_tasks
 
 
 def test_the_steady_mix_follows_the_workload() -> None:
@@ -78,12 +78,36 @@ def test_pairs_split_the_whole_device_between_different_resources() -> None:
     assert {(g, copy) for g in gemms for copy in (Op.KV_OFFLOAD, Op.KV_RELOAD)} <= kinds
     assert (Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION) in kinds
     assert not any(second is Op.ALL_REDUCE for _, second in kinds)
-    wired = pair_tasks("k", (*ops, Op.ALL_REDUCE), shares, mix, Settings(64, 512))
-    assert (Op.GATE_UP, Op.ALL_REDUCE) in {(task.first[0], task.second[0]) for task in wired}
     assert pair_tasks("k", ops, (1.0,), mix, Settings(64, 512)) == []
     assert len({task.key for task in (*tasks, *solo_tasks("k", ops, shares, Settings(64, 512)))}) == len(tasks) + (
         len(ops) * len(Settings(64, 512).sizes) * len(shares)
     )
+
+
+def test_collectives_run_beside_products_and_attention_by_every_implementation() -> None:
+    mix = steady_mix("512/512", 512, 256, 8192)
+    ops = (Op.QKV, Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION, Op.O, Op.GATE_UP, Op.ALL_REDUCE, Op.REDUCE_SCATTER)
+    variants = {Op.ALL_REDUCE: ("library", "two_shot"), Op.REDUCE_SCATTER: ("library",)}
+    splits = network_splits("cuda", tuple(n / 132 for n in (12, 24, 48, 84, 108, 120, 132)))
+    assert splits == [(1 - n / 132, n / 132) for n in (12, 24, 48)] + [(1.0, 1.0)]
+    tasks = network_tasks("k", ops, splits, mix, Settings(64, 512), variants)
+    kinds = {(task.first[0], task.second[0], task.variant) for task in tasks}
+    firsts = (Op.QKV, Op.O, Op.GATE_UP, Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION)
+    assert kinds == {(op, Op.ALL_REDUCE, name) for op in firsts for name in ("library", "two_shot")}
+    assert len({task.key for task in tasks}) == len(tasks) == len(kinds) * len(splits)
+    quick = network_tasks("k", ops, splits, mix, Settings(64, 512, quick=True), variants)
+    assert {task.first[0] for task in quick} == {Op.GATE_UP, Op.DECODE_ATTENTION}
+    solo = solo_tasks("k", ops, (0.5, 1.0), Settings(64, 512, quick=True, whole_only=True), variants)
+    assert {(task.op, task.implementation) for task in solo} >= {(Op.QKV, "k"), (Op.ALL_REDUCE, "two_shot")}
+    assert {task.share for task in solo} == {1.0}
+    assert [task.tokens for task in solo if task.op is Op.REDUCE_SCATTER] == [512], "no pipeline runs it as it is"
+
+
+def test_collectives_of_a_cpu_take_no_thread() -> None:
+    ((products, wire),) = network_splits("cpu", (1.0,))
+    assert products + wire == 1.0
+    assert max(1, round(products * 1)) == max(1, round(wire * 1)) == 1, "one thread each, of which one waits"
+    assert round(products * 4) == 4
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])

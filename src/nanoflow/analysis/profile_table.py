@@ -55,13 +55,15 @@ class Interference:
     """Performance of `resource` beside `against`, as points (R, P) with P(0) = 0 and P(1) = 1 understood.
 
     `points` follow the paper's definition: R of compute is its own P, R of the other is 1 − R of compute. `by_share` is
-    the same by the share that the device truly gave the lane; where it is known, it is the one that counts.
+    the same by the share that the device truly gave the lane; where it is known, it is the one that counts. `unshared`
+    is P where both lanes may use the whole device and the hardware decides; None where that was not measured.
     """
 
     resource: Resource
     against: Resource
     points: tuple[tuple[float, float], ...]
     by_share: tuple[tuple[float, float], ...] = ()
+    unshared: float | None = None
 
     def curve(self) -> Curve:
         """P over R as a rising curve. Raises `ConfigError` for points that contradict each other."""
@@ -173,6 +175,11 @@ class ProfileTable:
             return share
         raise ConfigError(f"the profile has no interference of {resource}; profile pairs of compute with {resource}.")
 
+    def unshared(self, resource: Resource, against: Resource) -> float | None:
+        """P of `resource` beside `against` where both may use the whole device; None if that was not measured."""
+        found = (pair.unshared for pair in self.interference if (pair.resource, pair.against) == (resource, against))
+        return next(found, None)
+
     def overlapped_us(self, op: Op, resource: Resource, tokens: float, share: float) -> float:
         """T_overlap = T_single / P(R) in µs (NanoFlow, section 4.1.2); infinite where P is 0."""
         performance = self.performance(resource, share)
@@ -242,7 +249,14 @@ def _read_interference(data: Mapping[str, Any]) -> Interference:
     def points(name: str) -> tuple[tuple[float, float], ...]:
         return tuple((float(r), float(p)) for r, p in data.get(name, ()))
 
-    return Interference(Resource(data["resource"]), Resource(data["against"]), points("points"), points("by_share"))
+    unshared = data.get("unshared")
+    return Interference(
+        Resource(data["resource"]),
+        Resource(data["against"]),
+        points("points"),
+        points("by_share"),
+        None if unshared is None else float(unshared),
+    )
 
 
 def _distinct(pairs: Iterable[tuple[Any, Any]], what: str) -> list[tuple[Any, Any]]:

@@ -17,10 +17,11 @@ from nanoflow.core.log import get_logger
 from nanoflow.device.base import Device
 from nanoflow.engine import tuned
 from nanoflow.engine.build import Engine
+from nanoflow.engine.contenders import TuneLimits, find_contenders
 from nanoflow.engine.core import Launcher
 from nanoflow.engine.resolve import TORCH_DTYPES, open_device
 from nanoflow.engine.sampler import LogitsSampler
-from nanoflow.engine.tune import TuneLimits, check_profile, find_contenders, tune, tuning_key
+from nanoflow.engine.tune import check_profile, tune, tuning_key
 from nanoflow.engine.workbench import open_workbench
 from nanoflow.executor.executor import Executor
 from nanoflow.models.decoder import Decoder

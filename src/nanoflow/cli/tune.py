@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Tune with progress bars, then print the table of predictions and measurements."""
     config = EngineConfig.from_options(**options.engine_options(args))
     from nanoflow.cli.progress import TaskBar
-    from nanoflow.engine.tune import TuneLimits, tune
+    from nanoflow.engine.contenders import TuneLimits
+    from nanoflow.engine.tune import tune
 
     given = {
         "search_seconds": args.search_seconds,

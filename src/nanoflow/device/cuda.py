@@ -2,7 +2,8 @@
 
 The first `start` of a program with given states runs it launch by launch (that compiles kernels and fills libraries'
 workspaces) and then captures it; later ones replay the graph, so a steady iteration runs no Python per layer. Lanes
-whose shares sum up to at most 1 get partitions of the multiprocessors (green contexts); others are plain streams.
+with less than the whole get partitions of the multiprocessors (green contexts) if these fit beside each other; others
+are plain streams.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from nanoflow.device.power import PowerMeter
 
 WHOLE = -1
 SHARE_STEPS = 6
-_SHARE_SLACK = 1e-6
 _LOOK_AGAIN_S = 20e-6
 _lane_sms = threading.local()
 
@@ -141,21 +141,13 @@ class CudaDevice:
         return tuple(n / self.n_sms for n in sorted({*counts, *(self.n_sms - n for n in counts), self.n_sms}))
 
     def open_lanes(self, names_and_shares: Sequence[tuple[str, float]]) -> None:
-        """Streams; on partitions of the chip if there are several and their shares sum up to at most 1."""
+        """Streams: on partitions of the chip where the shares allow it (`green.places`), else on the whole of it."""
         self.close()
-        shares = [share for _, share in names_and_shares]
-        if len(shares) > 1 and sum(shares) <= 1.0 + _SHARE_SLACK:
-            self._contexts = green.split(shares, self.index)
-            self._lanes = [
-                CudaLane(name, share, context.stream(), context.n_sms)
-                for (name, share), context in zip(names_and_shares, self._contexts, strict=True)
-            ]
-            return
-        if len(shares) == 1 and shares[0] < 1.0 - _SHARE_SLACK:
-            self._contexts = green.split(shares, self.index)
-        for number, (name, share) in enumerate(names_and_shares):
-            if self._contexts:
-                context = self._contexts[number]
+        partitions, place_of = green.places([share for _, share in names_and_shares])
+        self._contexts = green.split(partitions, self.index) if partitions else []
+        for number, ((name, share), place) in enumerate(zip(names_and_shares, place_of, strict=True)):
+            if place is not None:
+                context = self._contexts[place]
                 self._lanes.append(CudaLane(name, share, context.stream(), context.n_sms))
                 continue
             # Between plain streams priority is all there is: earlier lanes give way to later ones.

@@ -13,6 +13,7 @@ import torch
 
 from nanoflow.core.errors import ConfigError
 
+SLACK = 1e-6
 SM_STEP = 8
 """Multiprocessors come in multiples of this (capability 9.0; a divisor of what older chips ask for)."""
 
@@ -87,6 +88,23 @@ def sm_counts(shares: Sequence[float], n_sms: int) -> list[int]:
     if min(counts) < 1:
         raise ConfigError(f"{len(shares)} lanes do not fit on {n_sms} multiprocessors; use fewer lanes.")
     return counts
+
+
+def places(shares: Sequence[float]) -> tuple[list[float], list[int | None]]:
+    """Partitions for lanes with these shares: the partitions' shares, and which one each lane is on (None: the whole).
+
+    Lanes with less than the whole get one each if they fit beside each other. If they do not, lanes of equal share have
+    one together, in case these fit: so a search over two parts of the chip gives true shares to lanes of any number.
+    Otherwise all lanes are on the whole chip.
+    """
+    parts = [share for share in shares if share < 1.0 - SLACK]
+    if sum(parts) <= 1.0 + SLACK:
+        numbers = iter(range(len(parts)))
+        return parts, [next(numbers) if share < 1.0 - SLACK else None for share in shares]
+    distinct = sorted(set(parts))
+    if sum(distinct) <= 1.0 + SLACK:
+        return distinct, [distinct.index(share) if share < 1.0 - SLACK else None for share in shares]
+    return [], [None] * len(shares)
 
 
 def split(shares: Sequence[float], device: int = 0) -> list[GreenContext]:

@@ -43,10 +43,16 @@ class Pace:
     watts: float | None
 
 
-def record(step: Callable[[int], None], stream: torch.cuda.Stream, seconds: float) -> Recording:
+def record(
+    step: Callable[[int], None],
+    stream: torch.cuda.Stream,
+    seconds: float,
+    settle: Callable[[int], int] = int,
+) -> Recording:
     """As many launches `step(k)`, k = 0, 1, …, as take about `seconds`, at most `MOST_LAUNCHES`.
 
-    `step` must have run before (compiled kernels, workspaces); `stream` must not be the default one.
+    `step` must have run before (compiled kernels, workspaces); `stream` must not be the default one. `settle` may
+    change the number: ranks that record collectives must agree on one.
     """
     with torch.cuda.stream(stream):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -56,7 +62,7 @@ def record(step: Callable[[int], None], stream: torch.cuda.Stream, seconds: floa
         after.record(stream)
         after.synchronize()
         each = before.elapsed_time(after) / 1e3 / TRIALS
-        n = min(MOST_LAUNCHES, max(1, round(seconds / max(each, 1e-7))))
+        n = settle(min(MOST_LAUNCHES, max(1, round(seconds / max(each, 1e-7)))))
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")
         try:

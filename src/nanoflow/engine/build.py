@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from nanoflow.core.hardware import MachineRates
 from nanoflow.core.hardware_presets import with_known_energies
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
+from nanoflow.core.ops import Op
 from nanoflow.core.stats import WorkDone
 from nanoflow.device.base import Device
 from nanoflow.distributed.sharding import shard_of
@@ -90,10 +92,11 @@ class Engine:
         return RunReport.of(elapsed_s, work, self.rates)
 
 
-def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
+def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Collection[Op] = ()) -> Engine:
     """Load the model and put the engine together.
 
-    Raises `ModelLoadError`, `ConfigError`, `PipelineError` or `DeviceMemoryError`, each saying what to change.
+    `also` are operations of further pipelines that will run on it (`engine/beside.py`). Raises `ModelLoadError`,
+    `ConfigError`, `PipelineError` or `DeviceMemoryError`, each saying what to change.
     """
     started = time.monotonic()
     files = resolve_model(config.model.model, config.model.load_format, seed=config.model.seed)
@@ -104,13 +107,15 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     dtype = TORCH_DTYPES[config.model.dtype]
     kernels = create(config.device.kernels, device.kind, dtype)
     ranks = config.device.tensor_parallel_size
-    kept = find_tuned(config, spec, device, kernels.name) if ranks == 1 else None
+    kept = find_tuned(config, spec, device, kernels.name)
     pipeline = choose_pipeline(config, layer_graph(spec, ranks), kept, kind=device.kind)
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
-    group, rank = (None, None) if ranks == 1 else _gather_ranks(config, files, device, pipeline)
+    group, rank = (None, None) if ranks == 1 else _gather_ranks(config, files, device, pipeline, also)
     least_work = iteration_work(spec, config.model.dtype)
     try:
-        config, executor = load_and_place(config, files, kernels, device, pipeline, rank, show_progress=show_progress)
+        config, executor = load_and_place(
+            config, files, kernels, device, pipeline, rank, also=also, show_progress=show_progress
+        )
         mover, link, lower = make_mover(executor, device, pipeline), None, None
         if group is not None:
             link = GroupLink(group)
@@ -166,12 +171,12 @@ def _of_all_ranks(rates: MachineRates, config: EngineConfig) -> MachineRates:
 
 
 def _gather_ranks(
-    config: EngineConfig, files: ModelFiles, device: Device, pipeline: Pipeline
+    config: EngineConfig, files: ModelFiles, device: Device, pipeline: Pipeline, also: Collection[Op]
 ) -> tuple[RankGroup, Rank]:
     """Start the other ranks and meet them."""
     ranks, by_expert = config.device.tensor_parallel_size, config.device.expert_parallel
     shard_of(files.spec, 0, ranks, expert_parallel=by_expert)  # refuses too many ranks before any is started
-    group = RankGroup(config, pipeline)
+    group = RankGroup(config, pipeline, also=also)
     try:
         rank = group.while_it_lives(lambda: join(config, files, device, pipeline, group.meeting_place, 0))
     except BaseException as error:

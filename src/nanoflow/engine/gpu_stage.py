@@ -5,6 +5,8 @@ A single iteration on a cool card would show a speed that the power limit does n
 
 from __future__ import annotations
 
+from typing import Any
+
 from nanoflow.device.cuda import CudaDevice
 from nanoflow.device.replay import back_to_back
 from nanoflow.engine.sampler import LogitsSampler
@@ -21,7 +23,11 @@ class GpuStage(Stage):
 
     def measure(self, contender: Contender) -> IterationTime:
         """Mean time of an iteration and of its layers over `SECONDS` each, and the card's mean power meanwhile."""
-        executor: CapturedExecutor = self.executor(contender.pipeline)
+        executor = self.executor(contender.pipeline)
+        group = self.group
+        return self._paced(executor) if group is None else group.together(lambda: self._paced(executor))
+
+    def _paced(self, executor: Any) -> IterationTime:
         device = executor.device
         whole = back_to_back(lambda: executor.launch(self.plan), device.main, device.energy_j, SECONDS)
         layers = back_to_back(lambda: executor.launch_layers(self.plan), device.main, device.energy_j, SECONDS)
@@ -30,12 +36,12 @@ class GpuStage(Stage):
     def _make_executor(self, pipeline: Pipeline) -> CapturedExecutor:
         device = self.open_device()
         assert isinstance(device, CudaDevice)
-        kernels, spec = self.decoder.kernels, self.decoder.spec
+        decoder = self._decoder(pipeline)
         executor = CapturedExecutor(
             pipeline,
-            self.decoder,
+            decoder,
             device,
-            LogitsSampler(kernels, spec.vocab_size, device.torch_device),
+            LogitsSampler(decoder.kernels, decoder.spec.vocab_size, device.torch_device),
             self.plan.n_requests,
             self.dtype,
             max_requests=self.plan.n_requests,

@@ -6,7 +6,8 @@ arguments but for the rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import DeviceMemoryError
-from nanoflow.core.ops import RESOURCE, Resource
+from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.device.base import Device
 from nanoflow.distributed.collectives import Allocate, LaneCollectives
 from nanoflow.distributed.group import Groups, open_groups
@@ -39,8 +40,27 @@ class Rank:
 
     shard: Shard
     groups: Groups
-    collectives: LaneCollectives
-    allocate: Allocate
+    device: torch.device
+    _opened: dict[tuple[tuple[int, ...], tuple[str, ...]], tuple[LaneCollectives, Allocate]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def collectives_for(self, pipeline: Pipeline) -> tuple[LaneCollectives, Allocate]:
+        """What the network operations of `pipeline` need; see `collectives`."""
+        numbers = {lane.name: number for number, lane in enumerate(pipeline.lanes)}
+        network = [nano for nano in pipeline.nano_ops if RESOURCE[nano.op] is Resource.NETWORK]
+        lanes = {HEAD_LANE, *(numbers[nano.lane] for nano in network)}
+        return self.collectives(lanes, {nano.variant for nano in network})
+
+    def collectives(self, lanes: Collection[int], variants: Collection[str]) -> tuple[LaneCollectives, Allocate]:
+        """Collectives of these lanes by these implementations, and what allocates buffers for them.
+
+        Opened on first use, in which every rank must take part; pipelines that take turns share them.
+        """
+        key = tuple(sorted(lanes)), tuple(sorted(variants))
+        if key not in self._opened:
+            self._opened[key] = open_collectives(self.groups.of_lanes(lanes), self.device, variants)
+        return self._opened[key]
 
     def close(self) -> None:
         """Leave the groups. Idempotent."""
@@ -48,17 +68,16 @@ class Rank:
 
 
 def join(
-    config: EngineConfig, files: ModelFiles, device: Device, pipeline: Pipeline, meeting_place: Path, rank: int
+    config: EngineConfig, files: ModelFiles, device: Device, pipeline: Pipeline | None, meeting_place: Path, rank: int
 ) -> Rank:
-    """Meet the other ranks and open a group for each lane that issues collectives."""
+    """Meet the other ranks, and open the collectives of `pipeline`, if one is known already."""
     size = config.device.tensor_parallel_size
-    numbers = {lane.name: number for number, lane in enumerate(pipeline.lanes)}
-    network = [nano for nano in pipeline.nano_ops if RESOURCE[nano.op] is Resource.NETWORK]
-    lanes = sorted({HEAD_LANE, *(numbers[nano.lane] for nano in network)})
     shard = shard_of(files.spec, rank, size, expert_parallel=config.device.expert_parallel)
-    groups = open_groups(meeting_place, rank, size, device.torch_device, lanes)
-    collectives, allocate = open_collectives(groups, device.torch_device, {nano.variant for nano in network})
-    return Rank(shard, groups, collectives, allocate)
+    groups = open_groups(meeting_place, rank, size, device.torch_device, [HEAD_LANE])
+    joined = Rank(shard, groups, device.torch_device)
+    if pipeline is not None:
+        joined.collectives_for(pipeline)
+    return joined
 
 
 def load_and_place(
@@ -69,14 +88,16 @@ def load_and_place(
     pipeline: Pipeline,
     rank: Rank | None,
     *,
+    also: Collection[Op] = (),
     show_progress: bool,
 ) -> tuple[EngineConfig, Launcher]:
     """The config with its sizes settled, and the executor: ready to launch. `rank` None: there is only one.
 
-    Raises `DeviceMemoryError` with what to lower if weights, buffers or keys and values do not fit.
+    `also` are operations of further pipelines that will run on these weights (`engine/beside.py`). Raises
+    `DeviceMemoryError` with what to lower if weights, buffers or keys and values do not fit.
     """
     try:
-        return _load_and_place(config, files, kernels, device, pipeline, rank, show_progress=show_progress)
+        return _load_and_place(config, files, kernels, device, pipeline, rank, also=also, show_progress=show_progress)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"the device's memory does not hold this: {str(error).splitlines()[0]} Lower kv_memory_fraction, "
@@ -92,6 +113,7 @@ def _load_and_place(
     pipeline: Pipeline,
     rank: Rank | None,
     *,
+    also: Collection[Op],
     show_progress: bool,
 ) -> tuple[EngineConfig, Launcher]:
     dtype = TORCH_DTYPES[config.model.dtype]
@@ -105,14 +127,14 @@ def _load_and_place(
         dtype,
         device.torch_device,
         shard=shard,
-        ops={nano.op for nano in pipeline.nano_ops},
+        ops={*also, *(nano.op for nano in pipeline.nano_ops)},
         show_progress=show_progress,
     )
 
     def make_decoder(kv_layers: list[Tensor], n_positions: int) -> Decoder:
         if rank is None:
             return Decoder(spec, weights, kernels, kv_layers, n_positions)
-        return ShardedDecoder(rank.shard, weights, kernels, kv_layers, n_positions, rank.collectives, rank.allocate)
+        return ShardedDecoder(rank.shard, weights, kernels, kv_layers, n_positions, *rank.collectives_for(pipeline))
 
     agree = int if rank is None else rank.groups.smallest
     if device.captures and kernels.capturable:  # recorded where the device replays and the kernels can be recorded

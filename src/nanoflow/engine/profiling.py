@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from nanoflow.analysis.profile_table import ProfileTable
 from nanoflow.core.config import EngineConfig
+from nanoflow.engine.team import Team
 from nanoflow.engine.workbench import Workbench, open_workbench
-from nanoflow.models.decoder import DecoderWeights
 from nanoflow.profiling.profiler import OnTask, Profiler, save_profile
 from nanoflow.profiling.tasks import Settings
 
@@ -39,32 +40,31 @@ def profile_model(
     try:
         wanted = largest or (bench.mix.dense_batch if quick else max(DEFAULT_LARGEST, bench.mix.dense_batch))
         settings = make_settings(bench, step or bench.step, bench.fitting(wanted), quick=quick)
-        return run_profile(bench, settings, path, on_task=on_task)
+        with contextlib.closing(Team(bench, workload)) as team:
+            return run_profile(team, settings, path, on_task=on_task)
     finally:
         bench.device.close()
 
 
 def make_settings(bench: Workbench, step: int, largest: int, *, quick: bool) -> Settings:
-    """The settings of a thorough or a quick profile. A GPU's events need less time than a CPU's clock."""
+    """The settings of a thorough or a quick profile. A GPU's events need less time than a CPU's clock.
+
+    With several ranks there is more to measure, so a quick profile leaves out what no search asks for.
+    """
+    whole_only = quick and bench.ranks > 1
     if bench.device.kind == "cuda":
         energy = GPU_ENERGY_SECONDS
         if quick:
-            return Settings(step, largest, GPU_QUICK_SOLO_SECONDS, GPU_QUICK_PAIR_SECONDS, True, energy)
+            return Settings(step, largest, GPU_QUICK_SOLO_SECONDS, GPU_QUICK_PAIR_SECONDS, True, energy, whole_only)
         return Settings(step, largest, GPU_SOLO_SECONDS, energy_seconds=energy)
     if quick:
-        return Settings(step, largest, QUICK_SOLO_SECONDS, QUICK_PAIR_SECONDS, quick=True)
+        return Settings(step, largest, QUICK_SOLO_SECONDS, QUICK_PAIR_SECONDS, quick=True, whole_only=whole_only)
     return Settings(step, largest)
 
 
-def run_profile(
-    bench: Workbench,
-    settings: Settings,
-    path: Path,
-    *,
-    weights: DecoderWeights | None = None,
-    on_task: OnTask | None = None,
-) -> ProfileTable:
-    """Measure on an open workbench, with the loaded model's `weights` where there are some; write `path`."""
+def run_profile(team: Team, settings: Settings, path: Path, *, on_task: OnTask | None = None) -> ProfileTable:
+    """Measure on all ranks of `team` (with the model's weights if it has loaded them); write `path`."""
+    bench = team.bench
     names = bench.implementations[:1] if settings.quick else bench.implementations
     profiler = Profiler(
         bench.device,
@@ -75,8 +75,11 @@ def run_profile(
         path.with_name(path.name + ".partial"),
         names,
         on_task,
+        ranks=bench.ranks,
+        timer=team.time,
     )
-    table, pairs = profiler.run(lambda name: bench.subject(name, settings.largest, weights))
+    table, pairs = profiler.run(lambda name: team.subject(name, settings.largest))
     save_profile(table, pairs, bench.mix, path)
     profiler.finish()
+    team.drop()
     return table

@@ -1,4 +1,4 @@
-"""The process of a tensor-parallel rank other than 0: gets ready like rank 0 does, then launches what it is told.
+"""The process of a tensor-parallel rank other than 0: gets ready like rank 0 does, then does what it is told.
 
 Started as `python -m nanoflow.engine.rank_worker PIPE MEMORY`, two file descriptors, by `engine/ranks.py` alone. It
 ends when it is told to, when rank 0 is gone, or when anything fails, which it reports first.
@@ -19,21 +19,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanoflow.core.log import get_logger, setup_logging
 from nanoflow.distributed.channel import Receiver
-from nanoflow.engine.caching import make_mover
-from nanoflow.engine.placing import join, load_and_place
+from nanoflow.engine.rank_bench import RankBench
+from nanoflow.engine.rank_serving import RankFollower, RankServing
 from nanoflow.engine.ranks import RankJob
-from nanoflow.engine.resolve import TORCH_DTYPES, open_device
-from nanoflow.kernels.registry import create
-from nanoflow.kvcache.mover import PageMover
-from nanoflow.kvcache.rank_tiers import RankTiers
-from nanoflow.models.registry import resolve_model
-from nanoflow.pipeline.pipeline import Pipeline
+from nanoflow.engine.workbench import open_workbench
 
 _log = get_logger(__name__)
 
 _LOOK_S = 1.0
+
 _SPEAKING = threading.Lock()
 """Held while something is said to rank 0: several threads do."""
 
@@ -54,28 +52,27 @@ def main() -> None:
 
 
 def _follow(job: RankJob, pipe: Connection, memory: int) -> None:
-    config, pipeline = job.config, Pipeline.from_json(job.pipeline_json)
-    files = resolve_model(config.model.model, config.model.load_format, seed=config.model.seed)
-    device = open_device(config, job.rank)
-    rank = join(config, files, device, pipeline, Path(job.meeting_place), job.rank)
-    kernels = create(config.device.kernels, device.kind, TORCH_DTYPES[config.model.dtype])
-    _, executor = load_and_place(config, files, kernels, device, pipeline, rank, show_progress=False)
-    mover: PageMover | None = make_mover(executor, device, pipeline)
-    tiers = None if mover is None else RankTiers(job.rank, mover, partial(_tell, pipe), partial(_give_up, pipe))
+    follower: RankFollower
+    serving: RankServing | None = None
+    if job.workload is None:
+        follower = serving = RankServing(job, partial(_tell, pipe), partial(_give_up, pipe))
+    else:
+        follower = RankBench(open_workbench(job.config, job.workload, job.rank), Path(job.meeting_place), job.rank)
     launched: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read_results, args=(launched, pipe), name="results", daemon=True).start()
     receiver = Receiver(memory, pipe, job.rank - 1)
-    while True:
-        posted, kind, *values = receiver.receive()
-        if posted:
-            assert tiers is not None, "rank 0 has a mover too"
-            tiers.carry_out(posted)
-        if kind == "stop":
-            if tiers is not None:
-                tiers.close()
-            return
-        if kind == "launch":
-            launched.put(executor.launch(*values))
+    with torch.no_grad():
+        while True:
+            posted, kind, *values = receiver.receive()
+            if serving is not None:
+                serving.carry_out(posted)
+            if kind == "stop":
+                if serving is not None:
+                    serving.close()
+                return
+            pending = follower.command(kind, *values)
+            if pending is not None:
+                launched.put(pending)
 
 
 def _read_results(launched: queue.SimpleQueue[Any], pipe: Connection) -> None:

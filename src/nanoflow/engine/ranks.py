@@ -1,9 +1,10 @@
 """Rank 0's view of the other ranks: it starts their processes, tells them what to run, and notices when one fails.
 
 The others follow: each iteration they get the batch plan that rank 0 launches itself (`distributed/channel.py`), so
-all ranks issue the same launches in the same order. If one of them ends or fails, all are ended, and what waits for
-the group gets a `RankFailedError` that says which one and why. No process outlives rank 0: each worker ends when the
-pipe to it closes, which happens however rank 0 ends.
+all ranks issue the same launches in the same order. What a worker does with the commands that it gets depends on its
+role: it serves (`rank_serving.py`), or measures for a profile and for tuning (`rank_bench.py`). If one of them ends or
+fails, all are ended, and what waits for the group gets a `RankFailedError` that says which one and why. No process
+outlives rank 0: each worker ends when the pipe to it closes, which happens however rank 0 ends.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,6 +30,7 @@ from nanoflow.core.batch import BatchPlan, BatchResult
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import RankFailedError
 from nanoflow.core.log import get_logger
+from nanoflow.core.ops import Op
 from nanoflow.distributed.channel import Sender, make_memory
 from nanoflow.distributed.group import WORKER_ENVIRONMENT
 from nanoflow.pipeline.pipeline import Pipeline
@@ -50,10 +52,16 @@ _HUNG_S = 600.0
 
 @dataclass(frozen=True)
 class RankJob:
-    """What a worker process is told first. `config` has its device, kernels and precision settled."""
+    """What a worker process is told first. `config` has its device, kernels and precision settled.
+
+    With a `workload` it measures on the steady batch of that; else it serves `pipeline_json` (and `also` further
+    operations, which later pipelines need).
+    """
 
     config: EngineConfig
     pipeline_json: str
+    also: tuple[Op, ...]
+    workload: str | None
     rank: int
     meeting_place: str
     parent: int
@@ -68,25 +76,47 @@ class _Worker:
 
 
 class RankGroup:
-    """The worker processes of ranks 1 to N − 1. Close it, or all of them end with this process."""
+    """The worker processes of ranks 1 to N − 1. Close it, or all of them end with this process.
 
-    def __init__(self, config: EngineConfig, pipeline: Pipeline) -> None:
+    They serve `pipeline`, or measure for `workload`; one of the two is given. See `RankJob`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pipeline: Pipeline | None = None,
+        *,
+        also: Collection[Op] = (),
+        workload: str | None = None,
+    ) -> None:
         self.failure: RankFailedError | None = None
         self.on_failure: Callable[[], None] = _nothing
         self.on_end: Callable[[], None] = _nothing
         self.on_answer: Callable[[int, int, Any], None] = _nothing
         self.posted: list[tuple[int, str, tuple[Any, ...]]] = []
-        """Commands about KV pages that go with whatever is sent next (`engine/rank_link.py`)."""
+        """Commands about KV pages that go with whatever is sent next (`rank_link.py`)."""
         self.abort_collectives: Callable[[], None] = _nothing
         self._failed = threading.Event()
         self._closing = False
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")
         self.meeting_place = Path(self._folder.name) / "store"
+        self._n_executors = 0 if pipeline is None else 1
         memory = make_memory()
+        text = "" if pipeline is None else pipeline.to_json()
+        job = RankJob(
+            config,
+            text,
+            tuple(also),
+            workload,
+            0,
+            str(self.meeting_place),
+            os.getpid(),
+            _log.getEffectiveLevel(),
+        )
         try:
             ranks = range(1, config.device.tensor_parallel_size)
-            self._workers = [_start(config, pipeline, rank, self.meeting_place, memory) for rank in ranks]
+            self._workers = [_start(replace(job, rank=rank), memory) for rank in ranks]
             self._sender = Sender(memory, [worker.pipe for worker in self._workers], self.check)
         finally:
             os.close(memory)
@@ -127,6 +157,23 @@ class RankGroup:
                 if done.done():  # what `work` itself has raised
                     raise
                 self.check()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()` that talks to the other ranks; raises the group's failure where that is what made it fail."""
+        try:
+            return self.while_it_lives(work)
+        except RuntimeError as error:
+            self.explain(error)
+            raise
+
+    def prepare(self, pipeline: Pipeline) -> int:
+        """Let every worker make an executor of another `pipeline`; its number, for `GroupLauncher`.
+
+        Rank 0 must make its own right after, since they meet.
+        """
+        self.send("prepare", pipeline.to_json())
+        self._n_executors += 1
+        return self._n_executors - 1
 
     def send(self, kind: str, *values: Any) -> None:
         """Give every worker a command, after what was posted. Raises `RankFailedError` if one is gone."""
@@ -198,7 +245,7 @@ class RankGroup:
         self.on_failure()
 
 
-def _start(config: EngineConfig, pipeline: Pipeline, rank: int, meeting_place: Path, memory: int) -> _Worker:
+def _start(job: RankJob, memory: int) -> _Worker:
     ours, theirs = Pipe()
     paths = os.pathsep.join(path for path in sys.path if path)
     with theirs:
@@ -208,10 +255,9 @@ def _start(config: EngineConfig, pipeline: Pipeline, rank: int, meeting_place: P
             pass_fds=[theirs.fileno(), memory],
             env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": paths},
         )
-    level = _log.getEffectiveLevel()
     with contextlib.suppress(OSError):  # it has ended already: the monitor will say how
-        ours.send(RankJob(config, pipeline.to_json(), rank, str(meeting_place), os.getpid(), level))
-    return _Worker(rank, process, ours)
+        ours.send(job)
+    return _Worker(job.rank, process, ours)
 
 
 def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
@@ -253,16 +299,25 @@ class Pending:
 
 
 class GroupLauncher:
-    """Launches every batch on all ranks; `inner` is rank 0's own executor, whose other attributes it shows."""
+    """Launches every batch on all ranks; `inner` is rank 0's own executor, whose other attributes it shows.
 
-    def __init__(self, group: RankGroup, inner: Any) -> None:
+    `number` is the one that `RankGroup.prepare` gave to its pipeline; 0 is the pipeline that the group serves.
+    """
+
+    def __init__(self, group: RankGroup, inner: Any, number: int = 0) -> None:
         self._group = group
+        self._number = number
         self.inner = inner
 
     def launch(self, plan: BatchPlan, tracer: Any = None) -> Pending:
         """Start an iteration on all ranks without waiting for it; a `tracer` sees rank 0's."""
-        self._group.send("launch", plan)
+        self._group.send("launch", self._number, plan)
         return Pending(self._group, self.inner.launch(plan, tracer))
+
+    def launch_layers(self, plan: BatchPlan) -> Any:
+        """Start the embedding and the layers of an iteration alone on all ranks, to time them."""
+        self._group.send("launch_layers", self._number, plan)
+        return self.inner.launch_layers(plan)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -146,14 +146,15 @@ def kv_budget(device: Device, fraction: float) -> int:
 
 
 def find_tuned(config: EngineConfig, spec: ModelSpec, device: Device, kernels: str) -> Pipeline | None:
-    """The pipeline that `nanoflow tune` kept for exactly this model, machine, precision, kernels and dense batch.
+    """The pipeline that `nanoflow tune` kept for just this model, machine, precision, kernels, ranks and dense batch.
 
     None unless `config.pipeline` is `auto`. `config.model.dtype` is settled already.
     """
     if config.pipeline != "auto" or not tuned.folder().is_dir():
         return None
     dense_batch = config.scheduler.dense_batch or DEFAULTS[device.kind].dense_batch
-    key = tuned.TuningKey(spec, machine_fingerprint(device), config.model.dtype, kernels, dense_batch)
+    ranks = config.device.tensor_parallel_size
+    key = tuned.TuningKey(spec, machine_fingerprint(device, ranks), config.model.dtype, kernels, dense_batch, ranks)
     found = tuned.find(key)
     if found is not None:
         _log.info("pipeline: tuned for this model and machine (%s)", key.path)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,17 +59,31 @@ class TuningKey:
         """Where the profile behind it lies."""
         return self.path.with_suffix(".profile.json")
 
+    @property
+    def contenders_path(self) -> Path:
+        """Where all pipelines lie that were verified."""
+        return self.path.with_suffix(".contenders.json")
+
 
 def folder() -> Path:
     """All tuned pipelines of this user."""
     return env.cache_dir() / "pipelines"
 
 
-def save(key: TuningKey, pipeline: Pipeline, report: Mapping[str, Any]) -> Path:
-    """Keep a pipeline and its report; each is written beside its file and renamed. `ConfigError` if that fails."""
+def save(key: TuningKey, pipeline: Pipeline, report: Mapping[str, Any], contenders: Sequence[Pipeline] = ()) -> Path:
+    """Keep a pipeline, its report and all that were verified, in the order of the report.
+
+    Each file is written beside its place and renamed. Raises `ConfigError` if that fails.
+    """
+    verified = json.dumps([json.loads(one.to_json()) for one in contenders], indent=1)
+    texts = {
+        key.contenders_path: verified,
+        key.report_path: json.dumps(report, indent=1),
+        key.path: pipeline.to_json(),
+    }
     try:
         key.path.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in ((key.report_path, json.dumps(report, indent=1)), (key.path, pipeline.to_json())):
+        for path, text in texts.items():
             beside = path.with_suffix(f".{os.getpid()}.tmp")
             beside.write_text(text + "\n", encoding="utf-8")
             os.replace(beside, path)
@@ -89,6 +103,21 @@ def find(key: TuningKey) -> Pipeline | None:
     except PipelineError as error:
         _log.warning("the tuned pipeline is not used: %s Run nanoflow tune again.", error)
         return None
+
+
+def verified(key: TuningKey) -> list[tuple[Pipeline, float]]:
+    """All pipelines that were verified when this was tuned, with their time over the sequential one's; fastest first.
+
+    Nothing where nothing is kept, or it cannot be read.
+    """
+    try:
+        texts = json.loads(key.contenders_path.read_text(encoding="utf-8"))
+        measured = json.loads(key.report_path.read_text(encoding="utf-8"))["candidates"]
+        ratios = {one["name"]: float(one["ratio_to_sequential"]) for one in measured}
+        kept = [Pipeline.from_json(json.dumps(text)) for text in texts]
+        return sorted(((one, ratios[one.name]) for one in kept), key=lambda pair: pair[1])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def others(key: TuningKey) -> list[Path]:
@@ -132,4 +161,4 @@ def _reported(path: Path) -> dict[str, Any]:
 
 READABLE = re.compile(r"(.+)-([^-]+)-r(\d+)-b(\d+)-[0-9a-f]{12}\.json$")
 """A kept file's name: model, dtype, ranks, dense batch (`TuningKey.path`)."""
-SIDE_FILES = ([".report", ".json"], [".profile", ".json"])
+SIDE_FILES = ([".report", ".json"], [".profile", ".json"], [".contenders", ".json"])

@@ -33,11 +33,12 @@ def nano_batches(graph: LayerGraph, dense_batch: int, boundaries: Sequence[int])
     return Pipeline("nano-batches", dense_batch, (LaneSpec("main"),), nano_ops)
 
 
-def network_overlap(graph: LayerGraph, dense_batch: int) -> Pipeline:
+def network_overlap(graph: LayerGraph, dense_batch: int, share: float | None = None) -> Pipeline:
     """Two nano-batches that take turns, so that the collectives of one run beside the products of the other.
 
-    Both lanes may use the whole device: how little of it collectives need, hardware sorts out. Of equivalent forms it
-    takes the first. Raises `PipelineError` for a graph of one rank, which has nothing to overlap.
+    The lane of collectives has `share` of the device and the other one the rest. Without it both may use the whole
+    device: how little of it collectives need, hardware sorts out. Of equivalent forms it takes the first. Raises
+    `PipelineError` for a graph of one rank, which has nothing to overlap.
     """
     ops = graph.ops_of_form()
     joins = [place for place, op in enumerate(ops) if RESOURCE[op] is Resource.NETWORK]
@@ -54,4 +55,6 @@ def network_overlap(graph: LayerGraph, dense_batch: int) -> Pipeline:
     nano_ops = [
         NanoOp(op, *rows, lane(op)) for start, stop in pairwise(starts) for rows in halves for op in ops[start:stop]
     ]
-    return Pipeline("network-overlap", dense_batch, (LaneSpec("main"), LaneSpec("network")), tuple(nano_ops))
+    lanes = (LaneSpec("main", 1.0 if share is None else 1.0 - share), LaneSpec("network", share or 1.0))
+    name = "network-overlap" if share is None else f"network-overlap-{share:.2f}"
+    return Pipeline(name, dense_batch, lanes, tuple(nano_ops))

@@ -21,8 +21,11 @@ KERNELS_DIR = Path(nanoflow.__file__).parent / "kernels"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 
-def machine_fingerprint(device: Device) -> dict[str, str]:
-    """Device, cores, driver, torch, a hash of the kernels' sources, and this package's version."""
+def machine_fingerprint(device: Device, ranks: int = 1) -> dict[str, str]:
+    """Device, cores, driver, torch, a hash of the kernels' sources, this package's version, and several ranks' number.
+
+    `device` is rank 0's.
+    """
     found = {
         "device": device.kind,
         "system": f"{platform.system()} {platform.machine()}",
@@ -30,6 +33,8 @@ def machine_fingerprint(device: Device) -> dict[str, str]:
         "kernels": kernels_hash(),
         "nanoflow": nanoflow.__version__,
     }
+    if ranks > 1:
+        found["ranks"] = str(ranks)
     if device.kind == "cuda":
         return found | {
             "processor": torch.cuda.get_device_name(),

@@ -15,11 +15,15 @@ from nanoflow.analysis.profile_table import Interference
 from nanoflow.core.ops import RESOURCE, Op, Resource
 
 Point = tuple[float, float]
+SHARES_SLACK = 1e-6
 
 
 @dataclass(frozen=True)
 class PairResult:
-    """Two operations that ran together; the first is the one whose P defines R. Times in µs, shares of the lanes."""
+    """Two operations that ran together; the first is the one whose P defines R. Times in µs, shares of the lanes.
+
+    `implementation` is that of the kernels, `other_implementation` the collectives' where the other is one.
+    """
 
     implementation: str
     op: Op
@@ -32,6 +36,12 @@ class PairResult:
     other_share: float
     other_alone_us: float
     other_together_us: float
+    other_implementation: str = ""
+
+    @property
+    def unshared(self) -> bool:
+        """Whether both lanes had the whole device."""
+        return self.share + self.other_share > 1.0 + SHARES_SLACK
 
     @property
     def p(self) -> float:
@@ -61,14 +71,25 @@ def interference(pairs: Iterable[PairResult]) -> tuple[Interference, ...]:
         groups.setdefault((RESOURCE[pair.op], RESOURCE[pair.other]), []).append(pair)
     found = []
     for (one, two), members in groups.items():
-        by_share = [(pair.share, pair.p) for pair in members]
-        found.append(Interference(one, two, rising((p, p) for _, p in by_share), rising(by_share)))
+        shared = [pair for pair in members if not pair.unshared]
+        by_share = [(pair.share, pair.p) for pair in shared]
+        whole = [pair for pair in members if pair.unshared]
+        found.append(
+            Interference(
+                one,
+                two,
+                rising((p, p) for _, p in by_share),
+                rising(by_share),
+                unshared=_mean_p([pair.p for pair in whole]),
+            )
+        )
         found.append(
             Interference(
                 two,
                 one,
-                rising((1.0 - pair.p, pair.other_p) for pair in members),
-                rising((pair.other_share, pair.other_p) for pair in members),
+                rising((1.0 - pair.p, pair.other_p) for pair in shared),
+                rising((pair.other_share, pair.other_p) for pair in shared),
+                unshared=_mean_p([pair.other_p for pair in whole]),
             )
         )
     order = list(Resource)
@@ -92,6 +113,11 @@ def rising(points: Iterable[Point]) -> tuple[Point, ...]:
             (left, a, m), (right, b, n) = blocks[-2:]
             blocks[-2:] = [(left + right, (a * m + b * n) / (m + n), m + n)]
     return tuple((r, p) for rs, p, _ in blocks for r in rs)
+
+
+def _mean_p(values: Sequence[float]) -> float | None:
+    """The mean, within what P can be; None of nothing."""
+    return min(1.0, _mean(values)) if values else None
 
 
 def _mean(values: Sequence[float]) -> float:

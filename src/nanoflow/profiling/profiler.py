@@ -2,6 +2,8 @@
 
 An operation is timed alone at every share, and pairs are timed together right after each of the two alone, so that slow
 changes of the machine cancel in P. Whatever was done in an earlier run that was broken off is not done again.
+
+With several ranks this is rank 0's: it decides what comes next, and its timer lets all ranks measure it at once.
 """
 
 from __future__ import annotations
@@ -9,13 +11,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from nanoflow.analysis.profile_table import TIME_NOISE, Power, ProfileTable, SoloTime
 from nanoflow.core.log import get_logger
-from nanoflow.core.ops import Op
+from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.device.base import Device
 from nanoflow.device.power import TickedPower
 from nanoflow.profiling.fingerprint import machine_fingerprint
@@ -24,7 +26,17 @@ from nanoflow.profiling.journal import Journal
 from nanoflow.profiling.loops import Loop, Timing, run_loops
 from nanoflow.profiling.subject import Step
 from nanoflow.profiling.synthetic import SteadyMix
-from nanoflow.profiling.tasks import PairTask, Settings, SoloTask, pair_tasks, solo_tasks
+from nanoflow.profiling.tasks import (
+    PairTask,
+    Part,
+    Settings,
+    SoloTask,
+    Variants,
+    network_splits,
+    network_tasks,
+    pair_tasks,
+    solo_tasks,
+)
 
 log = get_logger(__name__)
 
@@ -44,11 +56,28 @@ class Measurable(Protocol):
     @property
     def ops(self) -> tuple[Op, ...]: ...
 
-    def step(self, op: Op, tokens: int) -> Step: ...
+    @property
+    def variants(self) -> Variants: ...
+
+    def step(self, op: Op, tokens: int, variant: str = "") -> Step: ...
+
+
+Timer = Callable[[Measurable, Sequence[Part], float], list[Timing]]
+"""Times parts of a subject, all at once, for so many seconds."""
+
+
+def timer_of(device: Device) -> Timer:
+    """Times on this device alone."""
+
+    def timer(subject: Measurable, parts: Sequence[Part], seconds: float) -> list[Timing]:
+        loops = [Loop(part.share, subject.step(part.op, part.tokens, part.variant)) for part in parts]
+        return run_loops(device, loops, seconds)
+
+    return timer
 
 
 class Profiler:
-    """Measures on one device for one model in one precision."""
+    """Measures on one device, or with `timer` on those of all `ranks`, for one model in one precision."""
 
     def __init__(
         self,
@@ -60,13 +89,18 @@ class Profiler:
         journal_path: Path,
         implementations: Sequence[str],
         on_task: OnTask | None = None,
+        *,
+        ranks: int = 1,
+        timer: Timer | None = None,
     ) -> None:
         self._device = device
+        self._ranks = ranks
+        self._timer = timer or timer_of(device)
         self._model = model
         self._dtype = dtype
         self._mix = mix
         self._settings = settings
-        self._machine = machine_fingerprint(device)
+        self._machine = machine_fingerprint(device, ranks)
         self._on_task = on_task
         self._implementations = list(implementations)
         header = {
@@ -97,31 +131,51 @@ class Profiler:
             return
         subject = open_subject(name)
         shares = self._device.shares()
-        solo = solo_tasks(name, subject.ops, shares, self._settings)
-        pairs = pair_tasks(name, subject.ops, shares, self._mix, self._settings)
+        variants = subject.variants if number == 0 else {}  # collectives are the same, whatever the kernels
+        ops = [op for op in subject.ops if RESOURCE[op] is not Resource.NETWORK or variants]
+        solo = solo_tasks(name, ops, shares, self._settings, variants)
+        pairs = pair_tasks(name, ops, shares, self._mix, self._settings)
+        pairs += self._network_tasks(name, ops, variants)
         total = (len(solo) + len(pairs)) * len(self._implementations)
         before = (len(solo) + len(pairs)) * number
-        tasks: list[SoloTask | PairTask] = [*solo, *pairs]
-        for index, task in enumerate(tasks):
-            if task.key in self._journal:
-                continue
-            self._tell(before + index, total, task.key)
-            value = self._solo(subject, task) if isinstance(task, SoloTask) else self._pair(subject, task)
-            self._journal.add(task.key, value)
+        for index, task in enumerate(solo):
+            if task.key not in self._journal:
+                self._tell(before + index, total, task.key)
+                self._journal.add(task.key, self._solo(subject, task))
         self._mend(subject, solo)
+        for index, pair in enumerate(pairs):
+            if pair.key not in self._journal and (not self._settings.quick or self._is_fastest(pair)):
+                self._tell(before + len(solo) + index, total, pair.key)
+                self._journal.add(pair.key, self._pair(subject, pair))
         self._journal.add(f"{name}/done", True)
         self._tell(before + len(solo) + len(pairs), total, f"{name} done")
+
+    def _network_tasks(self, name: str, ops: Sequence[Op], variants: Variants) -> list[PairTask]:
+        if not variants:
+            return []
+        splits = network_splits(self._device.kind, self._device.shares())
+        return network_tasks(name, ops, splits, self._mix, self._settings, variants)
+
+    def _is_fastest(self, pair: PairTask) -> bool:
+        """Whether no other collectives are faster alone than those of `pair`, if there are any in it."""
+        return pair.variant in ("", self._fastest(*pair.second))
+
+    def _fastest(self, op: Op, tokens: int) -> str:
+        """The implementation of `op` that is fastest alone on the whole device, at the size nearest to `tokens`."""
+        known = [value for value in self._journal.records.values() if isinstance(value, dict) and "other" not in value]
+        alike = [value for value in known if value["op"] == op and value["share"] == 1.0]
+        size = min((value["tokens"] for value in alike), key=lambda size: abs(size - tokens))
+        return str(min((v["time_us"], v["implementation"]) for v in alike if v["tokens"] == size)[1])
 
     def _tell(self, done: int, total: int, what: str) -> None:
         if self._on_task is not None:
             self._on_task(done, total, what)
 
     def _solo(self, subject: Measurable, task: SoloTask) -> dict[str, Any]:
-        loop = Loop(task.share, subject.step(task.op, task.tokens))
         seconds = self._settings.solo_seconds
         if task.share == 1.0:
             seconds = max(seconds, self._settings.energy_seconds)
-        timing = run_loops(self._device, [loop], seconds)[0]
+        timing = self._timer(subject, [task.part], seconds)[0]
         return asdict(
             SoloTime(
                 task.op,
@@ -149,11 +203,13 @@ class Profiler:
                 if value["time_us"] < self._time(task):
                     self._journal.add(task.key, value)
         for line in _lines(tasks):
-            for smaller, larger in reversed(list(zip(line, line[1:], strict=False))):
-                limit = self._time(larger)
-                if self._time(smaller) * (1.0 - TIME_NOISE / 2) > limit:
-                    log.warning("%s was disturbed; it takes the time of %s", smaller.key, larger.key)
-                    self._journal.add(smaller.key, {**self._journal.records[smaller.key], "time_us": limit})
+            least = line[-1]
+            for task in reversed(line[:-1]):
+                if self._time(task) * (1.0 - TIME_NOISE / 2) > self._time(least):
+                    log.warning("%s was disturbed; it takes the time of %s", task.key, least.key)
+                    self._journal.add(task.key, {**self._journal.records[task.key], "time_us": self._time(least)})
+                elif self._time(task) < self._time(least):
+                    least = task
 
     def _suspects(self, tasks: Sequence[SoloTask]) -> list[SoloTask]:
         """Tasks of wide spread, longer than a larger size or smaller share, or much longer a token than a smaller."""
@@ -166,9 +222,9 @@ class Profiler:
                 smaller = line[index - 1] if index else task
                 if self._time(task) > (1.0 + TIME_NOISE) * self._time(smaller) * task.tokens / smaller.tokens:
                     suspects.append(task)
-        least: dict[tuple[Op, int], float] = {}
+        least: dict[tuple[str, Op, int], float] = {}
         for task in sorted(tasks, key=lambda task: task.share):
-            size = (task.op, task.tokens)
+            size = (task.implementation, task.op, task.tokens)
             if self._time(task) * (1.0 - TIME_NOISE / 2) > least.get(size, self._time(task)):
                 suspects.append(task)
             least[size] = min(self._time(task), least.get(size, self._time(task)))
@@ -179,25 +235,23 @@ class Profiler:
 
     def _pair(self, subject: Measurable, task: PairTask) -> dict[str, Any]:
         """The two alone on the whole device, then together."""
-        (op, tokens), (other, others) = task.first, task.second
-        steps = (subject.step(op, tokens), subject.step(other, others))
-        seconds = self._settings.pair_seconds
-        alone = [run_loops(self._device, [Loop(1.0, step)], seconds / 2)[0] for step in steps]
-        shares = (task.share, 1.0 - task.share)
-        loops = [Loop(share, step) for share, step in zip(shares, steps, strict=True)]
-        together = run_loops(self._device, loops, seconds)
+        parts, seconds = task.parts, self._settings.pair_seconds
+        alone = [self._timer(subject, [replace(part, share=1.0)], seconds / 2)[0] for part in parts]
+        together = self._timer(subject, parts, seconds)
+        (one, two), (first_us, second_us) = parts, (timing.time_us for timing in together)
         return PairResult(
             task.implementation,
-            op,
-            tokens,
-            shares[0],
+            one.op,
+            one.tokens,
+            one.share,
             alone[0].time_us,
-            together[0].time_us,
-            other,
-            others,
-            shares[1],
+            first_us,
+            two.op,
+            two.tokens,
+            two.share,
             alone[1].time_us,
-            together[1].time_us,
+            second_us,
+            two.variant,
         ).to_dict()
 
     def _table(self) -> tuple[ProfileTable, list[PairResult]]:
@@ -206,10 +260,15 @@ class Profiler:
         pairs = [PairResult.from_dict(value) for value in records if "other" in value]
         note = f"{self._mix}; sizes by {self._settings.step}, medians over {self._settings.solo_seconds} s"
         first = self._implementations[0]
-        curves = interference(pair for pair in pairs if pair.implementation == first)
+        curves = interference(
+            pair
+            for pair in pairs
+            if pair.implementation == first
+            and pair.other_implementation in ("", self._fastest(pair.other, pair.other_tokens))
+        )
         cap_w = self._device.power_cap_w()
         power = None if cap_w is None or self._idle_w is None else Power(cap_w, self._idle_w)
-        table = ProfileTable(self._model, self._dtype, 1, self._machine, solo, curves, power=power, note=note)
+        table = ProfileTable(self._model, self._dtype, self._ranks, self._machine, solo, curves, power=power, note=note)
         return table, pairs
 
     def _measure_idle(self) -> float | None:
@@ -228,10 +287,10 @@ class Profiler:
 
 
 def _lines(tasks: Sequence[SoloTask]) -> list[list[SoloTask]]:
-    """Tasks of one operation and share together, sizes rising."""
-    lines: dict[tuple[Op, float], list[SoloTask]] = {}
+    """Tasks of one operation, implementation and share together, sizes rising."""
+    lines: dict[tuple[str, Op, float], list[SoloTask]] = {}
     for task in tasks:
-        lines.setdefault((task.op, task.share), []).append(task)
+        lines.setdefault((task.implementation, task.op, task.share), []).append(task)
     return list(lines.values())
 
 

@@ -3,24 +3,31 @@
 Launch k of an operation takes layer k (mod layers), so weights come from memory as in a forward pass, and its decode
 requests take other pages each time. KV tensors may serve several layers (that saves memory): one of them alone is
 larger than any cache at the sizes that matter.
+
+On a tensor-parallel rank the operations are those of its part of the model, and collectives join them, by every
+implementation that there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 import torch
 from torch import Tensor
 
 from nanoflow.core.model_spec import ModelSpec
-from nanoflow.core.ops import Op
+from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.device.base import Device
+from nanoflow.distributed.sharding import Shard
 from nanoflow.executor.bucket import fixed_nano_batch
 from nanoflow.executor.staging import Stager
 from nanoflow.kernels.base import Kernels
 from nanoflow.models.decoder import Decoder, DecoderWeights
-from nanoflow.models.state import Activations, NanoBatch
+from nanoflow.models.sharded import ShardedDecoder
+from nanoflow.models.state import NanoBatch
+from nanoflow.profiling.joining import JoiningSteps, Wires
 from nanoflow.profiling.synthetic import SteadyMix, make_plan, pages_for
 
 VARIANTS = 4
@@ -31,8 +38,19 @@ Step = Callable[[int], None]
 """Runs launch k."""
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What a tensor-parallel rank's subject needs besides: its part of the model, and how it talks to the others."""
+
+    shard: Shard
+    wires: Wires
+
+
 class Subject:
-    """One model with one kernel backend on one device, ready to run any operation at up to `max_tokens` tokens."""
+    """One model with one kernel backend on one device, ready to run any operation at up to `max_tokens` tokens.
+
+    `spec` is the model's, or that of the rank's part of it, which `joined` describes.
+    """
 
     def __init__(
         self,
@@ -45,6 +63,7 @@ class Subject:
         *,
         max_tokens: int,
         page_tokens: int,
+        joined: Joined | None = None,
     ) -> None:
         self.spec = spec
         self.implementation = kernels.name
@@ -57,11 +76,22 @@ class Subject:
         )
         kv_layers = shared_kv(kernels, spec, dtype, self._where, self._n_pages, page_tokens, len(weights.layers))
         self._kv_layers = kv_layers
-        self._decoder = Decoder(spec, weights, kernels, kv_layers, max(mix.context, mix.chunk + mix.before) + 1)
+        n_positions = max(mix.context, mix.chunk + mix.before) + 1
+        self._joining: JoiningSteps | None = None
+        self.variants: Mapping[Op, tuple[str, ...]] = {}
+        self._decoder = Decoder(spec, weights, kernels, kv_layers, n_positions)
+        if joined is not None:
+            wires = joined.wires
+            self.variants = wires.variants
+            self._decoder = sharded = ShardedDecoder(
+                joined.shard, weights, kernels, kv_layers, n_positions, wires.collectives, wires.allocate
+            )
         residual = torch.float32 if device.wide_residual else dtype
-        acts = Activations.allocate(spec, max_tokens, dtype, self._where, residual)
-        for buffer in (buffer for buffer in vars(acts).values() if buffer is not None):
+        acts = self._decoder.activations(max_tokens, dtype, self._where, residual)
+        for buffer in acts.buffers():
             fill_random(buffer)
+        if joined is not None:
+            self._joining = JoiningSteps(sharded, wires.collectives, acts)
         self._acts = acts
         self._stager = Stager(acts, self._where)
         self._staging = torch.empty_like(kv_layers[0][: max(1, -(-max_tokens // page_tokens))])
@@ -69,26 +99,38 @@ class Subject:
 
     @property
     def ops(self) -> tuple[Op, ...]:
-        """Operations of this model's layer on one device, KV copies included."""
+        """Operations of this model's layer: on one device with KV copies, on a rank with those that join its parts."""
         feed_forward = (Op.GATE_UP, Op.DOWN) if self.spec.experts is None else (Op.EXPERTS,)
         attention = (Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION)
+        if self._joining is not None:
+            return (Op.QKV, *attention, Op.O, Op.O_COLUMN, *feed_forward, *self.variants)
         return (Op.QKV, *attention, Op.O, *feed_forward, Op.KV_OFFLOAD, Op.KV_RELOAD)
 
-    def step(self, op: Op, tokens: int) -> Step:
-        """Launches of `op` on `tokens` tokens: decode tokens for decode attention, prompt chunks for all others."""
+    def step(self, op: Op, tokens: int, variant: str = "") -> Step:
+        """Launches of `op` on `tokens` tokens: decode tokens for decode attention, prompt chunks for all others.
+
+        `variant` is the implementation of a network operation.
+        """
         if op in (Op.KV_OFFLOAD, Op.KV_RELOAD):
             return self._copy_step(op, tokens)
+        if RESOURCE[op] is Resource.NETWORK:
+            assert self._joining is not None, "one rank has no network operations"
+            return self._joining.step(op, tokens, variant, self._states(op, tokens, self._any_lane_sms())[0])
         run, layers = self._decoder.layer_ops[op], len(self._decoder.weights.layers)
         by_lane: dict[int, list[NanoBatch]] = {}
 
         def step(k: int) -> None:
-            lane_sms = _lane_sms() if self._decoder.kernels.capturable else 0
+            lane_sms = self._any_lane_sms()
             if lane_sms not in by_lane:
                 by_lane[lane_sms] = self._states(op, tokens, lane_sms)
             states = by_lane[lane_sms]
             run(k % layers, states[k % len(states)])
 
         return step
+
+    def _any_lane_sms(self) -> int:
+        """Operations without attention do not care how many multiprocessors their lane has."""
+        return _lane_sms() if self._decoder.kernels.capturable else 0
 
     def _states(self, op: Op, tokens: int, lane_sms: int) -> list[NanoBatch]:
         decode = op is Op.DECODE_ATTENTION

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoflow.core.errors import ConfigError
-from nanoflow.core.ops import Op
+from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.profiling.synthetic import SteadyMix
 
 GEMM_OPS = (Op.QKV, Op.O, Op.GATE_UP, Op.DOWN, Op.EXPERTS)
 QUICK_GEMM_OPS = (Op.QKV, Op.GATE_UP, Op.EXPERTS)
 QUICK_SIZES = 6
 MOST_PAIR_SHARES = 8
-COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER)
+BARE_GATHERS = (Op.ALL_GATHER, Op.REDUCE_SCATTER)
+"""Measured for people: no pipeline runs them as they are."""
+
+MOST_WIRE_SHARE = 0.4
+MOST_WIRE_SHARES = 4
+CPU_WIRE_SHARE = 0.05
+"""The share of a CPU that a lane of collectives is said to have: they need no thread of ours, only time of cores."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How thorough a profile is: grain and largest of the sizes in tokens, and how long a loop runs in seconds.
 
-    On the whole device a loop runs for `energy_seconds` at least, where that is longer: energy counters are slow.
+    On the whole device a loop runs for `energy_seconds` at least, where that is longer: energy counters are slow. With
+    `whole_only` nothing is measured alone at smaller shares, which no search asks for.
     """
 
     step: int
@@ -29,6 +36,7 @@ class Settings:
     pair_seconds: float = 1.0
     quick: bool = False
     energy_seconds: float = 0.0
+    whole_only: bool = False
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.largest < self.step:
@@ -46,8 +54,18 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one lane repeats: an operation on so many tokens at a share; `variant` is a network operation's."""
+
+    op: Op
+    tokens: int
+    share: float
+    variant: str = ""
+
+
+@dataclass(frozen=True)
 class SoloTask:
-    """One operation alone at a share."""
+    """One operation alone at a share. Of a network operation, `implementation` is the collectives'."""
 
     implementation: str
     op: Op
@@ -58,29 +76,63 @@ class SoloTask:
     def key(self) -> str:
         return f"{self.implementation}/{self.op}/{self.tokens}/{self.share:.4f}"
 
+    @property
+    def part(self) -> Part:
+        return Part(self.op, self.tokens, self.share, variant_of(self.op, self.implementation))
+
 
 @dataclass(frozen=True)
 class PairTask:
-    """`first` and `second` (operation, tokens) together, `first` with `share` and `second` with the rest."""
+    """`first` and `second` (operation, tokens) together, `first` with `share` and `second` with `other_share`.
+
+    `implementation` is that of the kernels, `variant` the collectives' where the second is a network operation. Shares
+    of 1 and 1: both may use the whole device, and the hardware decides.
+    """
 
     implementation: str
     first: tuple[Op, int]
     second: tuple[Op, int]
     share: float
+    other_share: float
+    variant: str = ""
+
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        return Part(*self.first, self.share), Part(*self.second, self.other_share, self.variant)
 
     @property
     def key(self) -> str:
         (op, tokens), (other, others) = self.first, self.second
-        return f"{self.implementation}/{op}/{tokens}|{other}/{others}/{self.share:.4f}"
+        wire = f"/{self.variant}/{self.other_share:.4f}" if self.variant else ""
+        return f"{self.implementation}/{op}/{tokens}|{other}/{others}/{self.share:.4f}{wire}"
 
 
-def solo_tasks(implementation: str, ops: Sequence[Op], shares: Sequence[float], settings: Settings) -> list[SoloTask]:
-    """Every operation at every size and share, the shares of one size next to each other."""
+def variant_of(op: Op, implementation: str) -> str:
+    """What a lane must know: network operations by several implementations work on one and the same subject."""
+    return implementation if RESOURCE[op] is Resource.NETWORK else ""
+
+
+Variants = Mapping[Op, Sequence[str]]
+"""Implementations of each network operation."""
+
+NO_VARIANTS: Variants = {}
+
+
+def solo_tasks(
+    implementation: str,
+    ops: Sequence[Op],
+    shares: Sequence[float],
+    settings: Settings,
+    variants: Variants = NO_VARIANTS,
+) -> list[SoloTask]:
+    """Every operation by every implementation at every size and share, the shares of one size next to each other."""
+    used = [1.0] if settings.whole_only else sorted(shares, reverse=True)
     return [
-        SoloTask(implementation, op, tokens, share)
+        SoloTask(name, op, tokens, share)
         for op in ops
-        for tokens in settings.sizes
-        for share in sorted(shares, reverse=True)
+        for name in variants.get(op, (implementation,))
+        for tokens in ([settings.largest] if settings.quick and op in BARE_GATHERS else settings.sizes)
+        for share in used
     ]
 
 
@@ -89,23 +141,62 @@ def pair_tasks(
 ) -> list[PairTask]:
     """Pairs of different resources at sizes of about half the dense batch, at every split of the device.
 
-    GEMM with decode attention, prefill attention with decode attention, GEMM with KV copies. Collectives among `ops`
-    (none on one rank) are paired with GEMMs as well.
+    GEMM with decode attention, prefill attention with decode attention, GEMM with KV copies.
     """
     half = settings.largest // 2 or 1
-    decode = (Op.DECODE_ATTENTION, max(1, min(settings.largest, mix.n_decode) // 2))
-    prefill = (Op.PREFILL_ATTENTION, max(1, min(settings.largest, mix.n_prefill) // 2))
+    decode, prefill = _attention(mix, settings)
     gemms = [(op, half) for op in (QUICK_GEMM_OPS if settings.quick else GEMM_OPS) if op in ops]
     copies = [(op, half) for op in (Op.KV_OFFLOAD, Op.KV_RELOAD) if op in ops]
-    wires = [(op, half) for op in COLLECTIVES if op in ops]
     pairs = [(gemm, decode) for gemm in gemms] + [(prefill, decode)]
     if not settings.quick:
         pairs += [((op, settings.largest), (decode[0], 2 * decode[1])) for op, _ in gemms]
         pairs.append(((prefill[0], 2 * prefill[1]), (decode[0], 2 * decode[1])))
-    pairs += [(gemm, other) for gemm in gemms[-1:] if settings.quick for other in (*copies[:1], *wires)]
-    pairs += [(gemm, other) for gemm in gemms if not settings.quick for other in (*copies, *wires)]
+    pairs += [(gemm, other) for gemm in gemms[-1:] if settings.quick for other in copies[:1]]
+    pairs += [(gemm, other) for gemm in gemms if not settings.quick for other in copies]
     splits = _splits(shares)
-    return [PairTask(implementation, first, second, share) for first, second in pairs for share in splits]
+    return [PairTask(implementation, first, second, share, 1.0 - share) for first, second in pairs for share in splits]
+
+
+def network_tasks(
+    implementation: str,
+    ops: Sequence[Op],
+    splits: Sequence[tuple[float, float]],
+    mix: SteadyMix,
+    settings: Settings,
+    variants: Variants,
+) -> list[PairTask]:
+    """GEMM and attention with each network operation that pipelines run, at about half the dense batch.
+
+    `splits` are the shares of the two lanes, `variants` the implementations to take.
+    """
+    half = settings.largest // 2 or 1
+    gemms = [(op, half) for op in (QUICK_GEMM_OPS if settings.quick else GEMM_OPS) if op in ops]
+    firsts = [*gemms[-1:], _attention(mix, settings)[0]] if settings.quick else [*gemms, *_attention(mix, settings)]
+    wires = [op for op in ops if RESOURCE[op] is Resource.NETWORK and op not in BARE_GATHERS]
+    return [
+        PairTask(implementation, first, (wire, half), *split, variant)
+        for first in firsts
+        for wire in wires
+        for variant in variants[wire]
+        for split in splits
+    ]
+
+
+def network_splits(kind: str, shares: Sequence[float]) -> list[tuple[float, float]]:
+    """Shares of (the lane of products, the lane of collectives) that are worth trying on a device of `kind`.
+
+    A GPU's collectives need few multiprocessors of their own; (1, 1) is two plain streams. A CPU's need no thread.
+    """
+    if kind == "cpu":
+        return [(1.0 - CPU_WIRE_SHARE, CPU_WIRE_SHARE)]
+    small = [share for share in _splits(shares) if share <= MOST_WIRE_SHARE][:MOST_WIRE_SHARES]
+    return [*((1.0 - share, share) for share in small), (1.0, 1.0)]
+
+
+def _attention(mix: SteadyMix, settings: Settings) -> tuple[tuple[Op, int], tuple[Op, int]]:
+    """Decode and prefill attention on half of their part of the dense batch."""
+    decode = (Op.DECODE_ATTENTION, max(1, min(settings.largest, mix.n_decode) // 2))
+    return decode, (Op.PREFILL_ATTENTION, max(1, min(settings.largest, mix.n_prefill) // 2))
 
 
 def _splits(shares: Sequence[float]) -> list[float]:

@@ -5,8 +5,8 @@ shares.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from nanoflow.analysis.profile_table import ProfileTable
@@ -16,6 +16,7 @@ from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.pipeline import NanoOp
 
 MOST_SHARES_AT_ONCE = 12
+SHARE_SLACK = 1e-6
 DEFAULT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -50,7 +51,8 @@ class Problem:
     """A search. `step` is the grain of nano-batch sizes in rows, `max_nano_ops` the most pieces of one op.
 
     Overlap is allowed between different resources of `overlapping`; ops of the others run alone. `shares` are the R
-    that lanes may have.
+    that lanes may have; a resource in `least_shares` gets nothing done below its own (a CPU cannot give its lanes less
+    than a thread, but one that only carries collectives needs none).
     """
 
     graph: LayerGraph
@@ -60,6 +62,7 @@ class Problem:
     max_nano_ops: int = 4
     shares: tuple[float, ...] = DEFAULT_SHARES
     overlapping: tuple[Resource, ...] = tuple(Resource)
+    least_shares: Mapping[Resource, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.dense_batch % self.step:
@@ -108,13 +111,14 @@ class Problem:
     @cached_property
     def _performance(self) -> dict[tuple[Resource, float], float]:
         used = {RESOURCE[op] for op in self.graph.ops}
-        return {
-            (resource, share): self.table.performance(resource, share)
-            if resource in self.overlapping
-            else float(share == 1)
-            for resource in used
-            for share in self.shares
-        }
+
+        def performance(resource: Resource, share: float) -> float:
+            if resource not in self.overlapping:
+                return float(share == 1)
+            too_small = share < self.least_shares.get(resource, 0.0) - SHARE_SLACK
+            return 0.0 if too_small else self.table.performance(resource, share)
+
+        return {(resource, share): performance(resource, share) for resource in used for share in self.shares}
 
     def power_floor_us(self, tasks: Iterable[NanoOp]) -> float:
         """Least period by power: Σ energy above idle / (cap − idle); 0 where the profile lacks power or an energy."""
