@@ -21,6 +21,7 @@ from nanoflow.models.weights.base import Shape, tensor_shapes
 
 STD = 0.02
 _BLOCK_ELEMENTS = 1 << 18
+_BLOCKS_AT_ONCE = 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,22 +54,24 @@ class RandomWeights:
         out = torch.empty(len(row_range), len(col_range), dtype=self._dtype)
         block_rows = max(1, _BLOCK_ELEMENTS // width)
         digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        chunk_rows = _BLOCKS_AT_ONCE * block_rows
+        scratch = np.empty((min(chunk_rows, shape[0]), width), dtype=np.float32)
 
         def fill(block: int) -> None:
-            first = max(row_range.start, block * block_rows)
-            stop = min(row_range.stop, (block + 1) * block_rows)
             generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence((self._seed, digest, block))))
-            values = generator.standard_normal((stop - block * block_rows, width), dtype=np.float32)
-            wanted = torch.from_numpy(values[first - block * block_rows :, col_range.start : col_range.stop])
-            out[first - row_range.start : stop - row_range.start] = wanted * STD
+            start = block % _BLOCKS_AT_ONCE * block_rows
+            values = scratch[start : start + min(block_rows, shape[0] - block * block_rows)]
+            generator.standard_normal(out=values, dtype=np.float32)
+            values *= STD
 
-        blocks = range(row_range.start // block_rows, -(-row_range.stop // block_rows)) if row_range else range(0)
-        if len(blocks) < 4:
-            for block in blocks:
-                fill(block)
-        else:
-            with ThreadPoolExecutor(env.available_cores()) as pool:
-                list(pool.map(fill, blocks))
+        with ThreadPoolExecutor(env.available_cores()) as pool:
+            for chunk in range(row_range.start // chunk_rows, -(-row_range.stop // chunk_rows) if row_range else 0):
+                first = max(row_range.start, chunk * chunk_rows)
+                stop = min(row_range.stop, (chunk + 1) * chunk_rows)
+                list(pool.map(fill, range(first // block_rows, -(-stop // block_rows))))
+                # Converted here: torch's threads inside those of the pool would be far too many.
+                made = scratch[first - chunk * chunk_rows : stop - chunk * chunk_rows, col_range.start : col_range.stop]
+                out[first - row_range.start : stop - row_range.start] = torch.from_numpy(made)
         return out if len(shape) > 1 else out.view(-1)
 
 
