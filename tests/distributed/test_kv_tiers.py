@@ -74,6 +74,13 @@ def forget_dram(engine: Engine) -> None:
     engine.core.scheduler.pool.clear()
 
 
+def expect_short_answers(engine: Engine) -> None:
+    """Let the scheduler predict answers of one token, which may end at any token as far as it knows: it admits all."""
+    scheduler = engine.core.scheduler
+    scheduler.lengths._sum = scheduler.lengths._count
+    scheduler.limits = replace(scheduler.limits, eos_ids=(VOCAB + 1,))
+
+
 def kv(capsys: pytest.CaptureFixture[str], action: str, path: Path) -> list[dict[str, Any]]:
     """What `nanoflow kv` says of each rank's store."""
     capsys.readouterr()
@@ -133,12 +140,7 @@ def test_swapped_requests_go_on_and_a_killed_rank_ends_them(folder: Path, tmp_pa
     two = make(folder, tensor_parallel_size=2, pipeline=str(path), **sizes)
     scheduler = two.core.scheduler
     assert scheduler.pool.n_pages == 16 and two.ranks is not None
-
-    def expect_short_answers() -> None:
-        scheduler.lengths._sum = scheduler.lengths._count
-        scheduler.limits = replace(scheduler.limits, eos_ids=(VOCAB + 1,))  # may end at any token, as far as it knows
-
-    expect_short_answers()
+    expect_short_answers(two)
     assert run(two, PROMPTS, LONG) == cold(folder, LONG)
     assert scheduler.preemptions > 0
     assert hits(two)["dram"] > 0
@@ -146,7 +148,7 @@ def test_swapped_requests_go_on_and_a_killed_rank_ends_them(folder: Path, tmp_pa
 
     for prompt in PROMPTS:
         two.core.add(two.submission.sequences(prompt[::-1], LONG)[0])
-    expect_short_answers()
+    expect_short_answers(two)
     in_flight, before = None, scheduler.preemptions
     while scheduler.preemptions == before:
         in_flight = two.core.step(in_flight)

@@ -24,6 +24,7 @@ from nanoflow.kvcache.rank_link import Held, TiersToOpen, joined
 from nanoflow.kvcache.ranked_mover import RankedMover
 from nanoflow.kvcache.ranked_ssd import held_by_all
 from nanoflow.kvcache.slab_index import Entry
+from nanoflow.kvcache.slab_jobs import PoolRows, rows_at
 from nanoflow.kvcache.ssd_folders import rank_layout, store_folder
 from nanoflow.kvcache.ssd_io import open_io
 from nanoflow.kvcache.ssd_tools import stat_store, verify_store
@@ -185,6 +186,14 @@ def test_pages_of_different_sizes_go_down_and_come_back_on_two_ranks() -> None:
     tier.close()
 
 
+def test_chosen_rows_of_a_pool_know_their_slots() -> None:
+    pool = np.arange(12, dtype=np.uint8).reshape(6, 2)
+    chosen = rows_at(PoolRows(pool, np.array([4, 0, 5])), [2, 0])
+    assert isinstance(chosen, PoolRows)
+    assert chosen.slots.tolist() == [5, 4]
+    assert np.array_equal(chosen, pool[[5, 4]])
+
+
 def test_only_what_all_hold_in_the_same_slot_counts() -> None:
     a, b, c, d = (bytes([n]) * 16 for n in range(4))
     entries = [Entry(7, a, 0), Entry(0, b, 0), Entry(3, c, 0), Entry(4, d, 0)]
@@ -262,10 +271,12 @@ def test_a_lost_rank_leaves_nobody_waiting(broken: Bench) -> None:
     assert not broken.scheduler.live_sequences()
 
 
-def test_a_rank_lost_while_closing_leaves_nobody_waiting(tmp_path: Path) -> None:
+def test_a_rank_lost_while_closing_leaves_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(tmp_path)
     bench.run(request(0))
+    assert bench.scheduler.residency.has_writes
     bench.group.lose()
+    monkeypatch.setattr(bench.movers[0], "close", lambda: pytest.fail("the device may still copy"))
     started = time.monotonic()
     bench.scheduler.residency.close()
     assert time.monotonic() - started < 2
