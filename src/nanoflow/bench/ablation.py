@@ -19,16 +19,16 @@ from nanoflow.bench.engines import built
 from nanoflow.bench.multiround import NO_CACHE
 from nanoflow.bench.numbers import over_runs, ratio_to
 from nanoflow.bench.offline import SILENT, Listeners, run_of, traced, warm_up
+from nanoflow.bench.overlaps import Overlaps, OverlapSource, find_overlaps
 from nanoflow.bench.result import BenchKind, BenchResult, Run, Series
 from nanoflow.bench.session import Record, check_fits, make_sequences, run_sequences
-from nanoflow.bench.variants import OverlapSource, Ready, Variant, find_overlap, make_ready, variants_for
+from nanoflow.bench.variants import Ready, Variant, make_ready, variants_for
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.engine.build import Engine
 from nanoflow.engine.resolve import DEFAULTS, open_device
-from nanoflow.pipeline.pipeline import Pipeline
 
 PLAIN, OFFLOAD_OFF, OFFLOAD_ON = "plain engine", "KV offload off", "KV offload on"
 NO_TIERS = "no tier below the device is given: add --kv-dram-bytes N, and --kv-ssd-path FOLDER if wanted"
@@ -71,26 +71,29 @@ def run_ablation(
 ) -> list[BenchResult]:
     """All variants, a result a workload. `config.pipeline` is ignored. Raises the errors of `build_engine`."""
     wanted = OverlapSource(options.workload, options.overlap, options.search_seconds, options.tune)
-    overlap = find_overlap(config, wanted)
+    overlaps = find_overlaps(config, wanted)
     offload = offload_options(config)
-    config = plain(config, overlap)
-    found = _on_one_engine(config, overlap, workloads, options, command, listeners, show_progress)
+    config = plain(config, overlaps.dense_batch)
+    found = _on_one_engine(config, overlaps, workloads, options, command, listeners, show_progress)
     return [
         _with_options(config, result, requests, options, offload, listeners)
         for result, requests in zip(found, workloads, strict=True)
     ]
 
 
-def plain(config: EngineConfig, overlap: Pipeline | None) -> EngineConfig:
-    """The engine that all variants share: sequential, no prefix cache, room for more pipelines, one dense batch."""
-    if overlap is not None:
+def plain(config: EngineConfig, dense_batch: int | None) -> EngineConfig:
+    """The engine that all variants share: sequential, no prefix cache, room for more pipelines, one dense batch.
+
+    `dense_batch` is that of the overlapping pipelines, if any are known.
+    """
+    if dense_batch is not None:
         asked = config.scheduler.dense_batch
-        if asked not in (None, overlap.dense_batch):
+        if asked not in (None, dense_batch):
             raise ConfigError(
-                f"dense_batch is {asked}, but the overlapping pipeline is for {overlap.dense_batch}; "
+                f"dense_batch is {asked}, but the overlapping pipeline is for {dense_batch}; "
                 "drop --dense-batch, or give another --overlap."
             )
-        config = config.with_options("scheduler", dense_batch=overlap.dense_batch)
+        config = config.with_options("scheduler", dense_batch=dense_batch)
     if config.cache.kv_memory_bytes is None and config.cache.kv_memory_fraction is None:
         device = open_device(config)
         device.close()
@@ -101,7 +104,7 @@ def plain(config: EngineConfig, overlap: Pipeline | None) -> EngineConfig:
 
 def _on_one_engine(
     config: EngineConfig,
-    overlap: Pipeline | None,
+    overlaps: Overlaps,
     workloads: Sequence[RequestSet],
     options: AblationOptions,
     command: tuple[str, ...],
@@ -109,11 +112,11 @@ def _on_one_engine(
     show_progress: bool,
 ) -> list[BenchResult]:
     """The variants that share one engine, which is gone afterwards."""
-    with built(config, show_progress=show_progress) as engine:
+    with built(config, show_progress=show_progress, also=overlaps.ops) as engine:
         for requests in workloads:
             check_fits(engine, requests)
         rates = engine.rates
-        variants = variants_for(engine, overlap)
+        variants = variants_for(engine, overlaps)
         ready: list[Ready] = []
         try:
             ready += [make_ready(engine, variant) for variant in variants if variant.pipeline is not None]

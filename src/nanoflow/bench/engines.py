@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from nanoflow.core.config import EngineConfig
+from nanoflow.core.ops import Op
 from nanoflow.engine.build import Engine, build_engine
 
 
 @contextlib.contextmanager
-def built(config: EngineConfig, *, show_progress: bool = False) -> Iterator[Engine]:
-    """An engine that is closed at the end. Whoever builds another one afterwards must keep nothing of this one."""
+def built(config: EngineConfig, *, show_progress: bool = False, also: Collection[Op] = ()) -> Iterator[Engine]:
+    """An engine that is closed at the end. Whoever builds another one afterwards must keep nothing of this one.
+
+    `also` as in `build_engine`.
+    """
     _collect()
-    engine = build_engine(config, show_progress=show_progress)
+    engine = build_engine(config, show_progress=show_progress, also=also)
     try:
         yield engine
     finally:

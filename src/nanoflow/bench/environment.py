@@ -58,7 +58,7 @@ def machine_info(engine: Engine, rates: MachineRates | None) -> MachineInfo:
         device=device.kind,
         memory_bytes=_memory_bytes(device.kind),
         rates=rates,
-        fingerprint=machine_fingerprint(device),
+        fingerprint=machine_fingerprint(device, engine.config.device.tensor_parallel_size),
     )
 
 

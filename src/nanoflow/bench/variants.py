@@ -1,35 +1,26 @@
 """What an ablation compares, and the launcher that runs each variant on one loaded model.
 
 Variants that differ by their pipeline or by the loop share weights, KV pages and scheduler: only the executor is made
-anew, on a device of its own. So they can take turns without loading anything, and nothing else differs between them.
+anew, on a device of its own, on every rank. So they can take turns without loading anything, and nothing else differs
+between them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
-from nanoflow.analysis.profile_table import ProfileTable
-from nanoflow.core.config import EngineConfig
-from nanoflow.core.errors import ConfigError, DeviceMemoryError, NanoflowError
-from nanoflow.core.log import get_logger
+from nanoflow.bench.overlaps import Overlaps
+from nanoflow.core.errors import DeviceMemoryError
 from nanoflow.device.base import Device
-from nanoflow.engine import tuned
+from nanoflow.engine.beside import executor_beside
 from nanoflow.engine.build import Engine
-from nanoflow.engine.contenders import TuneLimits, find_contenders
 from nanoflow.engine.core import Launcher
-from nanoflow.engine.resolve import TORCH_DTYPES, open_device
-from nanoflow.engine.sampler import LogitsSampler
-from nanoflow.engine.tune import check_profile, tune, tuning_key
-from nanoflow.engine.workbench import open_workbench
-from nanoflow.executor.executor import Executor
-from nanoflow.models.decoder import Decoder
-from nanoflow.pipeline.baselines import nano_batches, sequential
+from nanoflow.engine.ranks import GroupLauncher
+from nanoflow.engine.resolve import open_device
+from nanoflow.pipeline.baselines import nano_batches, network_overlap, sequential
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
-
-_log = get_logger(__name__)
 
 SEQUENTIAL = "sequential"
 NANO_BATCHES = "nano-batches only"
@@ -39,10 +30,6 @@ BOTH = "network + memory overlap"
 SYNCHRONOUS = "synchronous scheduling"
 ONE_RANK = "one rank has no network operations"
 NO_OVERLAP = "no overlapping pipeline is known here: run nanoflow tune first, or give --tune or --overlap FILE"
-
-
-class _HasDecoder(Protocol):
-    decoder: Decoder
 
 
 @dataclass(frozen=True)
@@ -55,73 +42,33 @@ class Variant:
     reason: str = ""
 
 
-def variants_for(engine: Engine, overlap: Pipeline | None) -> list[Variant]:
-    """All variants of an ablation on one rank; `overlap` is the overlapping pipeline, if one is known.
+def variants_for(engine: Engine, overlaps: Overlaps) -> list[Variant]:
+    """All variants of an ablation, with the overlapping pipelines that are known.
 
-    Raises `ConfigError` for an engine of several ranks, whose other processes run one pipeline only.
+    With several ranks network overlap needs none: the hand-written one will do.
     """
-    if engine.ranks is not None:
-        raise ConfigError(
-            "an ablation works on one rank; drop tensor_parallel_size, or run `nanoflow bench offline` once for each "
-            "--pipeline."
-        )
-    graph, dense_batch = layer_graph(engine.spec), engine.pipeline.dense_batch
-    base = sequential(graph, dense_batch)
-    split = nano_batches(graph, dense_batch, [dense_batch // 2]) if dense_batch >= 2 else None
+    ranks, dense_batch = engine.config.device.tensor_parallel_size, engine.pipeline.dense_batch
+    graph = layer_graph(engine.spec, ranks)
+    known = {one.name: one for one in overlaps.baselines}
+    base = known.get("sequential") or sequential(graph, dense_batch)
+    split = known.get("nano-batches")
+    if split is None and dense_batch >= 2:
+        split = nano_batches(graph, dense_batch, [dense_batch // 2])
+    network = overlaps.network
+    if network is None and ranks > 1 and dense_batch >= 2:
+        network = network_overlap(graph, dense_batch)
     return [
         Variant(SEQUENTIAL, base),
         Variant(NANO_BATCHES, split, reason="" if split else "a batch of one token cannot be split"),
-        Variant(NETWORK, None, reason=ONE_RANK),
-        Variant(BOTH, None, reason=f"{ONE_RANK}; see {MEMORY}"),
-        Variant(MEMORY, overlap, reason="" if overlap else NO_OVERLAP),
+        Variant(NETWORK, network, reason="" if network else ONE_RANK),
+        _or_why_not(BOTH, overlaps.both, NO_OVERLAP if ranks > 1 else f"{ONE_RANK}; see {MEMORY}"),
+        _or_why_not(MEMORY, overlaps.memory, NO_OVERLAP if ranks == 1 else f"with several ranks see {BOTH}"),
         Variant(SYNCHRONOUS, base, asynchronous=False),
     ]
 
 
-@dataclass(frozen=True)
-class OverlapSource:
-    """Where an overlapping pipeline may come from: a file, else what tuning for `workload` kept (or keeps now)."""
-
-    workload: str
-    file: Path | None = None
-    search_seconds: float = 45.0
-    tune: bool = False
-
-
-def find_overlap(config: EngineConfig, source: OverlapSource) -> Pipeline | None:
-    """An overlapping pipeline: the file given, the tuned one, or the best that a search of the kept profile finds.
-
-    None if nothing is kept for this model and machine. Raises `PipelineError` for a bad file.
-    """
-    if source.file is not None:
-        return Pipeline.load(source.file)
-    try:
-        found = _kept(config, source)
-        if found is None and source.tune:
-            tune(config, workload=source.workload)
-            found = _kept(config, source)
-        return found
-    except (NanoflowError, ImportError) as error:
-        _log.warning("no pipeline could be searched: %s", error)
-        return None
-
-
-def _kept(config: EngineConfig, source: OverlapSource) -> Pipeline | None:
-    """The tuned pipeline if it overlaps, else the best overlapping one by the profile behind it."""
-    bench = open_workbench(config, source.workload)
-    try:
-        key = tuning_key(bench)
-        kept = tuned.find(key)
-        if kept is not None and len(kept.lanes) > 1:
-            return kept
-        if not key.profile_path.is_file():
-            return None
-        table = check_profile(ProfileTable.load(key.profile_path), key)
-        limits = TuneLimits(search_seconds=source.search_seconds)
-        found = find_contenders(bench, layer_graph(bench.spec), table, limits, None)
-        return next((one.pipeline for one in found if len(one.pipeline.lanes) > 1), None)
-    finally:
-        bench.device.close()
+def _or_why_not(name: str, pipeline: Pipeline | None, reason: str) -> Variant:
+    return Variant(name, pipeline, reason="" if pipeline else reason)
 
 
 @dataclass(frozen=True)
@@ -135,7 +82,10 @@ class Ready:
 
 
 def make_ready(engine: Engine, variant: Variant) -> Ready:
-    """An executor for the variant, on a device of its own. Raises `DeviceMemoryError` if there is no room left."""
+    """An executor for the variant, on a device of its own (on every rank).
+
+    Raises `DeviceMemoryError` if there is no room left.
+    """
     assert variant.pipeline is not None
     device = open_device(engine.config)
     device_out_of_memory: type[BaseException] = MemoryError
@@ -152,27 +102,12 @@ def make_ready(engine: Engine, variant: Variant) -> Ready:
 
 
 def _launcher(engine: Engine, pipeline: Pipeline, device: Device) -> Launcher:
-    decoder = cast(_HasDecoder, engine.core.launcher).decoder
-    config, kernels = engine.config, decoder.kernels
-    dtype, n_slots = TORCH_DTYPES[config.model.dtype], engine.core.scheduler.table.n_slots
-    sampler = LogitsSampler(kernels, engine.spec.vocab_size, device.torch_device)
-    if not (device.captures and kernels.capturable):
-        return Executor(pipeline, decoder, device, sampler, n_slots, dtype)
-    from nanoflow.device.cuda import CudaDevice
-    from nanoflow.executor.captured import CapturedExecutor
+    group, own = engine.ranks, engine.core.launcher
 
-    assert isinstance(device, CudaDevice) and config.scheduler.max_running and config.model.max_model_len
-    page = config.cache.page_tokens
-    executor = CapturedExecutor(
-        pipeline,
-        decoder,
-        device,
-        sampler,
-        n_slots,
-        dtype,
-        max_requests=config.scheduler.max_running,
-        max_pages=-(-config.model.max_model_len // page),
-        page_tokens=page,
-    )
-    executor.warm_up()
-    return executor
+    def make() -> Launcher:
+        return executor_beside(engine.config, own, pipeline, device, engine.rank)
+
+    if group is None:
+        return make()
+    number = group.prepare(pipeline)
+    return cast(Launcher, GroupLauncher(group, group.together(make), number))

@@ -63,13 +63,14 @@ def print_report(tuning: Tuning) -> None:
     report, mix = tuning.report, tuning.report["workload"]
     n_decode = mix["n_decode"]
     batch = f"{n_decode} decode tokens of {mix['context']} keys + {mix['dense_batch'] - n_decode} prefill tokens"
-    print(f"{report['model']}, {report['dtype']}, {report['kernels']} kernels; {mix['workload']}: {batch}")
-    head = f"{'PIPELINE':<34}{'predicted':>11}{'measured':>11}{'error':>8}{'iteration':>12}{'spread':>8}"
+    ranks = f", {report['ranks']} ranks" if report["ranks"] > 1 else ""
+    print(f"{report['model']}, {report['dtype']}, {report['kernels']} kernels{ranks}; {mix['workload']}: {batch}")
+    head = f"{'PIPELINE':<40}{'predicted':>11}{'measured':>11}{'error':>8}{'iteration':>12}{'spread':>8}"
     print(f"{head}   time / sequential (interval)")
     for one in report["candidates"]:
         low, high = one["ratio_interval"]
         print(
-            f"{one['name']:<34}{one['predicted_layer_us']:>8.0f} µs{one['measured_layer_us']:>8.0f} µs"
+            f"{one['name']:<40}{one['predicted_layer_us']:>8.0f} µs{one['measured_layer_us']:>8.0f} µs"
             f"{one['prediction_error']:>+8.1%}{one['measured_iteration_us'] / 1e3:>9.1f} ms{one['spread']:>8.1%}"
             f"   {one['ratio_to_sequential']:.3f} ({low:.3f} to {high:.3f})"
         )

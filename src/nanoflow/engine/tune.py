@@ -76,16 +76,21 @@ def tune(
             team.drop()
             stage = team.stage()
             verdict = _verify(stage, contenders, limits, on_phase)
-            contenders = [_with_measured(stage, contender) for contender in contenders]
             lap("verify")
+            report = _report(bench, key, verdict, seconds)
+            _keep(key, contenders, verdict, report)  # whatever comes of the traces
+            contenders = [_with_measured(stage, contender) for contender in contenders]
+            path = _keep(key, contenders, verdict, report)
     finally:
         bench.device.close()
-    report = _report(bench, key, verdict, seconds)
+    _log.info("tuned: %s wins, kept in %s", verdict.pipeline.name, path)
+    return Tuning(verdict, path, report)
+
+
+def _keep(key: TuningKey, contenders: Sequence[Contender], verdict: Verdict, report: dict[str, Any]) -> Path:
     pipeline = contenders[verdict.winner].pipeline
     kept = [contender.pipeline for contender in contenders]
-    path = tuned.save(key, replace(pipeline, meta={**pipeline.meta, "tuned": report}), report, kept)
-    _log.info("tuned: %s wins, kept in %s", pipeline.name, path)
-    return Tuning(verdict, path, report)
+    return tuned.save(key, replace(pipeline, meta={**pipeline.meta, "tuned": report}), report, kept)
 
 
 def tuning_key(bench: Workbench) -> TuningKey:

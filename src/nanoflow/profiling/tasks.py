@@ -172,7 +172,8 @@ def network_tasks(
     half = settings.largest // 2 or 1
     gemms = [(op, half) for op in (QUICK_GEMM_OPS if settings.quick else GEMM_OPS) if op in ops]
     firsts = [*gemms[-1:], _attention(mix, settings)[0]] if settings.quick else [*gemms, *_attention(mix, settings)]
-    wires = [op for op in ops if RESOURCE[op] is Resource.NETWORK and op not in BARE_GATHERS]
+    left_out = (*BARE_GATHERS, Op.O_GATHER) if settings.quick else BARE_GATHERS  # it is much like the other gather
+    wires = [op for op in ops if RESOURCE[op] is Resource.NETWORK and op not in left_out]
     return [
         PairTask(implementation, first, (wire, half), *split, variant)
         for first in firsts

@@ -1,0 +1,127 @@
+"""Where an ablation's overlapping pipelines come from: a file, or what tuning kept for this model and machine.
+
+With several ranks tuning has verified pipelines of each kind of overlap; the fastest of each, as measured, is taken,
+and with it the collectives that the profile chose for the baselines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanoflow.analysis.profile_table import ProfileTable
+from nanoflow.core.config import EngineConfig
+from nanoflow.core.errors import NanoflowError
+from nanoflow.core.log import get_logger
+from nanoflow.core.ops import Op, Resource
+from nanoflow.engine import tuned
+from nanoflow.engine.contenders import TuneLimits, find_contenders
+from nanoflow.engine.tune import check_profile, tune, tuning_key
+from nanoflow.engine.workbench import Workbench, open_workbench
+from nanoflow.pipeline.graph import layer_graph
+from nanoflow.pipeline.pipeline import Pipeline
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class OverlapSource:
+    """Where an overlapping pipeline may come from: a file, else what tuning for `workload` kept (or keeps now)."""
+
+    workload: str
+    file: Path | None = None
+    search_seconds: float = 45.0
+    tune: bool = False
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """The pipelines that are known, by what they overlap; `baselines` by name, with the same choice of collectives."""
+
+    memory: Pipeline | None = None
+    network: Pipeline | None = None
+    both: Pipeline | None = None
+    baselines: tuple[Pipeline, ...] = ()
+
+    @property
+    def all(self) -> tuple[Pipeline, ...]:
+        """Every pipeline there is."""
+        found = (self.memory, self.network, self.both)
+        return (*(one for one in found if one is not None), *self.baselines)
+
+    @property
+    def dense_batch(self) -> int | None:
+        """The dense batch that they are for; None where there are none."""
+        return next((one.dense_batch for one in self.all), None)
+
+    @property
+    def ops(self) -> frozenset[Op]:
+        """Operations that they run."""
+        return frozenset(nano.op for one in self.all for nano in one.nano_ops)
+
+
+def find_overlaps(config: EngineConfig, source: OverlapSource) -> Overlaps:
+    """The overlapping pipeline of the file given; else what tuning kept, or a search of the kept profile finds.
+
+    Nothing where nothing is kept for this model and machine. Raises `PipelineError` for a bad file.
+    """
+    ranks = config.device.tensor_parallel_size
+    if source.file is not None:
+        given = Pipeline.load(source.file)
+        if ranks == 1:
+            return Overlaps(memory=given)
+        network_alone = not {Resource.MEMORY} & overlapped_by(given) and Resource.NETWORK in overlapped_by(given)
+        return Overlaps(network=given) if network_alone else Overlaps(both=given)
+    try:
+        found = _kept(config, source)
+        if not found.all and source.tune:
+            tune(config, workload=source.workload)
+            found = _kept(config, source)
+        return found
+    except (NanoflowError, ImportError) as error:
+        _log.warning("no pipeline could be searched: %s", error)
+        return Overlaps()
+
+
+def overlapped_by(pipeline: Pipeline) -> set[Resource]:
+    """Resources whose operations overlap, as the search that made the pipeline predicted."""
+    return {Resource(name) for name in pipeline.meta.get("overlaps", ())}
+
+
+def _kept(config: EngineConfig, source: OverlapSource) -> Overlaps:
+    bench = open_workbench(config, source.workload)
+    try:
+        return _kept_of_ranks(bench, source) if bench.ranks > 1 else Overlaps(memory=_kept_of_one(bench, source))
+    finally:
+        bench.device.close()
+
+
+def _kept_of_one(bench: Workbench, source: OverlapSource) -> Pipeline | None:
+    """The tuned pipeline if it overlaps, else the best overlapping one by the profile behind it."""
+    kept = tuned.find(tuning_key(bench))
+    if kept is not None and len(kept.lanes) > 1:
+        return kept
+    return next((one for one in _searched(bench, source) if len(one.lanes) > 1), None)
+
+
+def _kept_of_ranks(bench: Workbench, source: OverlapSource) -> Overlaps:
+    """The fastest of each kind that was verified, else the best by the profile."""
+    pipelines = [one for one, _ in tuned.verified(tuning_key(bench))] or _searched(bench, source)
+    several = [one for one in pipelines if len(one.lanes) > 1]
+    return Overlaps(
+        network=next((one for one in several if Resource.MEMORY not in overlapped_by(one)), None),
+        both=next((one for one in several if {Resource.MEMORY, Resource.NETWORK} <= overlapped_by(one)), None),
+        baselines=tuple(one for one in pipelines if len(one.lanes) == 1),
+    )
+
+
+def _searched(bench: Workbench, source: OverlapSource) -> Sequence[Pipeline]:
+    """What a search of the kept profile finds, the best first; nothing where no profile is kept."""
+    key = tuning_key(bench)
+    if not key.profile_path.is_file():
+        return []
+    table = check_profile(ProfileTable.load(key.profile_path), key)
+    limits = TuneLimits(search_seconds=source.search_seconds)
+    found = find_contenders(bench, layer_graph(bench.spec, bench.ranks), table, limits, None)
+    return [one.pipeline for one in sorted(found, key=lambda one: one.predicted_us)]
