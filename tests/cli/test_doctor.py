@@ -20,6 +20,7 @@ from nanoflow.pipeline.graph import layer_graph
 from nanoflow.profiling import fingerprint, machine
 
 HERE = {"device": "cpu", "processor": "this one"}
+HERE_WITH_TWO = {**HERE, "ranks": "2"}
 DAY = 86_400
 
 
@@ -28,10 +29,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, on a machine whose rates are known."""
     rates = SimpleNamespace(to_dict=lambda: {"flops_per_s": 1e12, "mem_bytes_per_s": 1e11})
     monkeypatch.setattr(tuned, "folder", lambda: tmp_path)
-    monkeypatch.setattr(fingerprint, "machine_fingerprint", lambda device: HERE)
+    monkeypatch.setattr(fingerprint, "machine_fingerprint", here)
     monkeypatch.setattr(machine, "measure_rates", lambda *args, **options: rates)
     monkeypatch.setattr(doctor, "compiler", lambda: "c++")
     return tmp_path
+
+
+def here(device: Any, ranks: int = 1) -> dict[str, str]:
+    return HERE if ranks == 1 else {**HERE, "ranks": str(ranks)}
 
 
 def keep(day: int, ratio: float, where: dict[str, str], dtype: str = "bfloat16", ranks: int = 1) -> Path:
@@ -75,6 +80,13 @@ def test_each_tuned_pipeline_has_a_line_newest_first(cache: Path, capsys: pytest
         ("bfloat16", False, 2.0),
         ("bfloat16", True, 1.25),
     ]
+
+
+def test_what_was_tuned_for_two_ranks_is_of_this_machine_too(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(10, 0.8, HERE_WITH_TWO, ranks=2)
+    assert main(["doctor"]) == 0
+    (line,) = lines(capsys)
+    assert line.endswith("2 ranks, batches of 64 (1970-01-11): 1.25 × sequential with nano-batches")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"candidates": [], "winner": "x"}'])

@@ -11,12 +11,13 @@ import json
 import logging
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from nanoflow import __version__
 from nanoflow.core import env
 from nanoflow.core.config import DEVICES, EngineConfig
+from nanoflow.core.errors import ConfigError
 from nanoflow.core.presets import PRESETS
 
 HELP = "tell what this machine has and what will be used"
@@ -104,9 +105,16 @@ def engine_choices(device_option: str, *, refresh: bool) -> dict[str, Any]:
         "kernels": next((name for name, refusal in offers if refusal is None), None),
         "why": reasons,
     }
-    machine = machine_fingerprint(device)
+    kept = tuned.summaries()
+    machines = {1: machine_fingerprint(device)}
+    for ranks in {one["ranks"] for one in kept} - {None, 1}:  # each has its part of a CPU, or a GPU of its own
+        shared = config.with_options("device", device=device.kind, tensor_parallel_size=ranks)
+        with suppress(ConfigError):  # more than there are GPUs here
+            machines[ranks] = machine_fingerprint(open_device(shared), ranks)
     return {
-        "tuned": [{**one, "machine": one["machine"] and one["machine"] == machine} for one in tuned.summaries()],
+        "tuned": [
+            {**one, "machine": one["machine"] and one["machine"] == machines.get(one["ranks"] or 1)} for one in kept
+        ],
         "kernels": [{"name": name, "usable": refusal is None, "refusal": refusal} for name, refusal in offers],
         "use": use,
         "rates": rates.to_dict(),
