@@ -71,8 +71,7 @@ def find_overlaps(config: EngineConfig, source: OverlapSource) -> Overlaps:
         given = Pipeline.load(source.file)
         if ranks == 1:
             return Overlaps(memory=given)
-        network_alone = not {Resource.MEMORY} & overlapped_by(given) and Resource.NETWORK in overlapped_by(given)
-        return Overlaps(network=given) if network_alone else Overlaps(both=given)
+        return Overlaps(network=given) if beside_products(given) == {Resource.NETWORK} else Overlaps(both=given)
     try:
         found = _kept(config, source)
         if not found.all and source.tune:
@@ -84,8 +83,8 @@ def find_overlaps(config: EngineConfig, source: OverlapSource) -> Overlaps:
         return Overlaps()
 
 
-def overlapped_by(pipeline: Pipeline) -> set[Resource]:
-    """Resources whose operations overlap, as the search that made the pipeline predicted."""
+def beside_products(pipeline: Pipeline) -> set[Resource]:
+    """Resources whose operations run beside matrix products, as predicted when the pipeline was made."""
     return {Resource(name) for name in pipeline.meta.get("overlaps", ())}
 
 
@@ -110,8 +109,8 @@ def _kept_of_ranks(bench: Workbench, source: OverlapSource) -> Overlaps:
     pipelines = [one for one, _ in tuned.verified(tuning_key(bench))] or _searched(bench, source)
     several = [one for one in pipelines if len(one.lanes) > 1]
     return Overlaps(
-        network=next((one for one in several if Resource.MEMORY not in overlapped_by(one)), None),
-        both=next((one for one in several if {Resource.MEMORY, Resource.NETWORK} <= overlapped_by(one)), None),
+        network=next((one for one in several if beside_products(one) == {Resource.NETWORK}), None),
+        both=next((one for one in several if beside_products(one) >= {Resource.MEMORY, Resource.NETWORK}), None),
         baselines=tuple(one for one in pipelines if len(one.lanes) == 1),
     )
 

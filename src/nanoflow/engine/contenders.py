@@ -180,7 +180,7 @@ def _predicted(problem: Problem, pipeline: Pipeline, bench: Workbench) -> Conten
         "ranks": problem.table.ranks,
         "mix": {"n_decode": problem.mix.n_decode, "even": problem.mix.even},
         "predicted": {"durations_us": [span.end_us - span.start_us for span in timeline.spans]},
-        "overlaps": [str(resource) for resource in overlapped(timeline)],
+        "overlaps": [str(resource) for resource in beside_products(timeline)],
     }
     return Contender(replace(pipeline, meta={**meta, **pipeline.meta}), mean_layer_us(timeline, bench.spec.n_layers))
 
@@ -207,14 +207,14 @@ def _cost(problem: Problem, pipeline: Pipeline) -> Cost:
     return cost
 
 
-def overlapped(timeline: Timeline) -> list[Resource]:
-    """Resources whose operations run beside another resource's, at some time of a period."""
+def beside_products(timeline: Timeline) -> list[Resource]:
+    """Resources whose operations run beside a matrix product at some time of a period."""
     ops = timeline.pipeline.nano_ops
     found: set[Resource] = set()
     for usage in timeline.usage():
         running = {RESOURCE[ops[index].op] for index in usage.running}
-        if len(running) > 1:
-            found |= running
+        if Resource.COMPUTE in running:
+            found |= running - {Resource.COMPUTE}
     return [resource for resource in Resource if resource in found]
 
 
