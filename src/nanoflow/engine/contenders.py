@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from nanoflow.analysis.profile_table import ProfileTable
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.log import get_logger
 from nanoflow.core.ops import RESOURCE, Resource
-from nanoflow.device.base import Device
 from nanoflow.engine.verification import Contender
 from nanoflow.engine.workbench import Workbench
-from nanoflow.pipeline.baselines import nano_batches, network_overlap, sequential
+from nanoflow.pipeline.baselines import nano_batches, network_and_memory_overlap, network_overlap, sequential
 from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.pipeline import NanoOp, Pipeline
 from nanoflow.pipeline.timeline import Cost, Timeline, predict
+from nanoflow.search.instance import build
+from nanoflow.search.layouts import uniform_layouts
 from nanoflow.search.milp import OnProgress, Progress
 from nanoflow.search.problem import Problem, RowMix
+from nanoflow.search.relaxation import relax
 from nanoflow.search.search import SearchLimits, search
 
 _log = get_logger(__name__)
@@ -32,6 +34,8 @@ NETWORK_ONLY_TIME = 0.4
 """Part of the search's time for overlapping the network alone."""
 
 SEQUENTIAL = "sequential"
+MOST_BESIDE_PRODUCTS = 0.5
+"""Largest share of a lane beside matrix products that is tried."""
 
 
 @dataclass(frozen=True)
@@ -113,44 +117,89 @@ def _searched(
 
 
 def _with_network(problem: Problem, bench: Workbench, limits: TuneLimits, report: _Reporter) -> list[Contender]:
-    """The best that overlap the network alone, and the best of all, with the share of the wire that promises most."""
-    by_share = {}
-    for share in wire_shares(problem.table):
-        one = replace(problem, **_lanes_beside(share, bench.device))
-        by_hand = _predicted(one, _with_variants(one, network_overlap(one.graph, one.dense_batch, share)), bench)
-        by_share[by_hand.predicted_us, share] = one, by_hand
-    if not by_share:
-        return []
-    chosen, by_hand = by_share[min(by_share)]
+    """The best that overlap the network alone, the best of all, and hand-written ones."""
+    wires = wire_shares(problem.table)
+    by_hand = _best(bench, [(_cut(problem, bench, share), _overlap_by_hand(problem, share)) for share in wires])
+    promising = min((_promise(_cut(problem, bench, share, NETWORK_ONLY)), share) for share in wires)[1]
+    narrow = _cut(problem, bench, promising, NETWORK_ONLY)
     first = NETWORK_ONLY_TIME * limits.search_seconds
-    narrow = replace(chosen, overlapping=NETWORK_ONLY)
     found = _searched(narrow, bench, limits, first, 1, report, "network")
-    found += _searched(chosen, bench, limits, limits.search_seconds - first, limits.best, report, "all")
+    cuts = wires if bench.device.kind == "cpu" else sorted({*wires, *_small(problem.table, Resource.MEMORY)})
+    whole = _cut(problem, bench, min((_promise(_cut(problem, bench, share)), share) for share in cuts)[1])
+    found += _searched(whole, bench, limits, limits.search_seconds - first, limits.best, report, "all")
     distinct: list[Contender] = []
-    for contender in found:
+    for contender in (*found, *by_hand):
         if all(contender.pipeline.nano_ops != one.pipeline.nano_ops for one in distinct):
             distinct.append(contender)
-    return [*distinct, by_hand]
+    both = {Resource.MEMORY, Resource.NETWORK}
+    if not any(both <= set(one.pipeline.meta["overlaps"]) for one in distinct):
+        distinct += _memory_too(problem, bench, wires[0])
+    return distinct
 
 
-def _lanes_beside(share: float, device: Device) -> dict[str, Any]:
-    """Shares to search, and the least of each resource, where a lane of collectives has `share`.
+def _cut(
+    problem: Problem, bench: Workbench, share: float, overlapping: tuple[Resource, ...] = tuple(Resource)
+) -> Problem:
+    """The problem with lanes of `share`, of the rest, and of the whole device.
 
     A GPU is cut into two parts, so all lanes are of one, of the other, or of the whole (`device/green.py`). On a CPU
     any threads may go together, but only collectives do with less than one.
     """
     shares = {share, 1.0 - share, 1.0}
-    if device.kind != "cpu":
-        return {"shares": tuple(sorted(shares))}
-    threads = device.shares()
+    if bench.device.kind != "cpu":
+        return replace(problem, shares=tuple(sorted(shares)), overlapping=overlapping)
+    threads = bench.device.shares()
     least = threads[0] if len(threads) > 1 else 1.0 - share
     others = [resource for resource in Resource if resource is not Resource.NETWORK]
-    return {"shares": tuple(sorted({*shares, *threads})), "least_shares": dict.fromkeys(others, least)}
+    return replace(
+        problem,
+        shares=tuple(sorted({*shares, *threads})),
+        overlapping=overlapping,
+        least_shares=dict.fromkeys(others, least),
+    )
+
+
+def _promise(problem: Problem) -> float:
+    """The least period that two equal nano-batches (one, of a tiny batch) can have with these shares, in µs."""
+    layouts = uniform_layouts(problem, min(2, problem.dense_batch // problem.step))
+    return relax(problem, build(problem.graph, layouts[len(layouts) // 2]), reads=True).bound_us
+
+
+def _overlap_by_hand(problem: Problem, share: float) -> Pipeline:
+    return network_overlap(problem.graph, problem.dense_batch, share)
+
+
+def _best(bench: Workbench, pipelines: Iterable[tuple[Problem, Pipeline]]) -> list[Contender]:
+    """The one of `pipelines`, each with a problem that has its shares, that is predicted to be fastest."""
+    predicted = [_predicted(one, _with_variants(one, pipeline), bench) for one, pipeline in pipelines]
+    return sorted(predicted, key=lambda one: one.predicted_us)[:1]
+
+
+def _memory_too(problem: Problem, bench: Workbench, wire: float) -> list[Contender]:
+    """The best hand-written pipeline that overlaps network and memory, where the device has shares for it.
+
+    The search leaves such a pipeline out if it promises nothing; an ablation wants to see what it costs.
+    """
+    pipelines = []
+    for share in _small(problem.table, Resource.MEMORY):
+        one = replace(problem, shares=tuple(sorted({wire, share, 1.0 - wire - share, 1.0})))
+        pipelines.append((one, network_and_memory_overlap(one.graph, one.dense_batch, wire, share)))
+    return _best(bench, pipelines)
 
 
 def wire_shares(table: ProfileTable) -> list[float]:
     """Shares of a lane of collectives that were measured beside matrix products."""
-    pairs = [one for one in table.interference if (one.resource, one.against) == (Resource.NETWORK, Resource.COMPUTE)]
+    return measured_shares(table, Resource.NETWORK)
+
+
+def _small(table: ProfileTable, resource: Resource) -> list[float]:
+    """Those that leave enough for the products."""
+    return [share for share in measured_shares(table, resource) if share <= MOST_BESIDE_PRODUCTS]
+
+
+def measured_shares(table: ProfileTable, resource: Resource) -> list[float]:
+    """Shares of `resource` that were measured beside matrix products."""
+    pairs = [one for one in table.interference if (one.resource, one.against) == (resource, Resource.COMPUTE)]
     return sorted({share for one in pairs for share, _ in one.by_share})
 
 

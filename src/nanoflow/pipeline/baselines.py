@@ -58,3 +58,33 @@ def network_overlap(graph: LayerGraph, dense_batch: int, share: float | None = N
     lanes = (LaneSpec("main", 1.0 if share is None else 1.0 - share), LaneSpec("network", share or 1.0))
     name = "network-overlap" if share is None else f"network-overlap-{share:.2f}"
     return Pipeline(name, dense_batch, lanes, tuple(nano_ops))
+
+
+def network_and_memory_overlap(
+    graph: LayerGraph, dense_batch: int, network_share: float, memory_share: float
+) -> Pipeline:
+    """Two nano-batches; decode attention of one runs beside products of the other, and so do collectives.
+
+    Each of the two has a lane with its share, products have the rest. The later rows go first, since decode tokens are
+    the first rows: while these attend, the others are multiplied. Raises `PipelineError` as `network_overlap` does.
+    """
+    simple = network_overlap(graph, dense_batch)
+    halves = sorted({(nano.start, nano.stop) for nano in simple.nano_ops}, reverse=True)
+    ops = graph.ops_of_form()
+    after_attention = ops.index(Op.PREFILL_ATTENTION) + 1
+    joins = [place for place, op in enumerate(ops) if RESOURCE[op] is Resource.NETWORK]
+    starts = [*range(after_attention), after_attention, *(place + 1 for place in joins)]
+    lane_of = {Resource.NETWORK: "network", Resource.MEMORY: "memory"}
+    nano_ops = [
+        NanoOp(op, *rows, lane_of.get(RESOURCE[op], "main"))
+        for start, stop in pairwise(starts)
+        for rows in halves
+        for op in ops[start:stop]
+    ]
+    lanes = (
+        LaneSpec("main", 1.0 - network_share - memory_share),
+        LaneSpec("memory", memory_share),
+        LaneSpec("network", network_share),
+    )
+    name = f"network-memory-overlap-{network_share:.2f}-{memory_share:.2f}"
+    return Pipeline(name, dense_batch, lanes, tuple(nano_ops))
