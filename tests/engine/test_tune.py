@@ -18,8 +18,10 @@ from nanoflow.core.errors import ConfigError
 from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.engine import profiling, tuned
 from nanoflow.engine.build import Engine, build_engine
-from nanoflow.engine.contenders import TuneLimits, find_contenders, mean_layer_us
+from nanoflow.engine.contenders import find_contenders
+from nanoflow.engine.predictions import mean_layer_us
 from nanoflow.engine.resolve import open_device
+from nanoflow.engine.searching import TuneLimits
 from nanoflow.engine.stage import Stage, open_stage
 from nanoflow.engine.tune import check_profile, tune, tuning_key
 from nanoflow.engine.verification import Contender, verify

@@ -16,7 +16,8 @@ from nanoflow.core.errors import NanoflowError
 from nanoflow.core.log import get_logger
 from nanoflow.core.ops import Op, Resource
 from nanoflow.engine import tuned
-from nanoflow.engine.contenders import TuneLimits, find_contenders
+from nanoflow.engine.contenders import find_contenders
+from nanoflow.engine.searching import TuneLimits
 from nanoflow.engine.tune import check_profile, tune, tuning_key
 from nanoflow.engine.workbench import Workbench, open_workbench
 from nanoflow.pipeline.graph import layer_graph

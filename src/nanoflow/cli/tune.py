@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Tune with progress bars, then print the table of predictions and measurements."""
     config = EngineConfig.from_options(**options.engine_options(args))
     from nanoflow.cli.progress import TaskBar
-    from nanoflow.engine.contenders import TuneLimits
+    from nanoflow.engine.searching import TuneLimits
     from nanoflow.engine.tune import tune
 
     given = {

@@ -19,8 +19,9 @@ from nanoflow.core.errors import ConfigError
 from nanoflow.core.log import get_logger
 from nanoflow.core.ops import RESOURCE, Resource
 from nanoflow.engine import tuned
-from nanoflow.engine.contenders import DEFAULT_LIMITS, OnPhase, TuneLimits, find_contenders
+from nanoflow.engine.contenders import find_contenders
 from nanoflow.engine.profiling import make_settings, run_profile
+from nanoflow.engine.searching import DEFAULT_LIMITS, OnPhase, TuneLimits
 from nanoflow.engine.stage import Stage
 from nanoflow.engine.team import Team
 from nanoflow.engine.tuned import TuningKey
