@@ -37,28 +37,24 @@ def profile_model(
     Raises the errors of `build_engine`, and `ConfigError` if the file cannot be written.
     """
     bench = open_workbench(config, workload)
-    try:
-        wanted = largest or (bench.mix.dense_batch if quick else max(DEFAULT_LARGEST, bench.mix.dense_batch))
-        settings = make_settings(bench, step or bench.step, bench.fitting(wanted), quick=quick)
-        with contextlib.closing(Team(bench, workload)) as team:
-            return run_profile(team, settings, path, on_task=on_task)
-    finally:
-        bench.device.close()
+    wanted = largest or (bench.mix.dense_batch if quick else max(DEFAULT_LARGEST, bench.mix.dense_batch))
+    settings = make_settings(bench, step or bench.step, bench.fitting(wanted), quick=quick)
+    with contextlib.closing(Team(bench, workload)) as team:
+        return run_profile(team, settings, path, on_task=on_task)
 
 
 def make_settings(bench: Workbench, step: int, largest: int, *, quick: bool) -> Settings:
     """The settings of a thorough or a quick profile. A GPU's events need less time than a CPU's clock.
 
-    With several ranks there is more to measure, so a quick profile leaves out what no search asks for.
+    A quick profile leaves out what no search asks for.
     """
-    whole_only = quick and bench.ranks > 1
     if bench.device.kind == "cuda":
-        energy = GPU_ENERGY_SECONDS
+        solo, pair, energy = GPU_QUICK_SOLO_SECONDS, GPU_QUICK_PAIR_SECONDS, GPU_ENERGY_SECONDS
         if quick:
-            return Settings(step, largest, GPU_QUICK_SOLO_SECONDS, GPU_QUICK_PAIR_SECONDS, True, energy, whole_only)
+            return Settings(step, largest, solo, pair, quick=True, energy_seconds=energy, whole_only=True)
         return Settings(step, largest, GPU_SOLO_SECONDS, energy_seconds=energy)
     if quick:
-        return Settings(step, largest, QUICK_SOLO_SECONDS, QUICK_PAIR_SECONDS, quick=True, whole_only=whole_only)
+        return Settings(step, largest, QUICK_SOLO_SECONDS, QUICK_PAIR_SECONDS, quick=True, whole_only=True)
     return Settings(step, largest)
 
 
