@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_table(table: ProfileTable) -> None:
     """Times by operation and share in µs, then P(R)."""
-    print(f"{table.model}, {table.dtype}, {table.machine.get('processor', table.machine['device'])}")
+    ranks = f", {table.ranks} ranks" if table.ranks > 1 else ""
+    print(f"{table.model}, {table.dtype}, {table.machine.get('processor', table.machine['device'])}{ranks}")
     sizes = sorted({entry.tokens for entry in table.solo})
     rows: dict[tuple[Op, str, float], dict[int, float]] = {}
     for entry in table.solo:
@@ -76,4 +77,5 @@ def print_table(table: ProfileTable) -> None:
     for pair in table.interference:
         shares = ", ".join(f"P({r:.2f}) = {p:.2f}" for r, p in pair.by_share)
         points = ", ".join(f"P({r:.2f}) = {p:.2f}" for r, p in pair.points)
-        print(f"{pair.resource} beside {pair.against}: by true share {shares}; by the paper's R {points}")
+        plain = "" if pair.unshared is None else f"; P = {pair.unshared:.2f} on plain streams"
+        print(f"{pair.resource} beside {pair.against}: by true share {shares}; by the paper's R {points}{plain}")

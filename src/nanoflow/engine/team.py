@@ -71,7 +71,10 @@ class Team:
         return stage
 
     def close(self) -> None:
-        """Stop all lanes and the other ranks. Idempotent."""
+        """Stop all lanes and the other ranks. Idempotent.
+
+        After a failure a GPU is left alone: what waits there for a rank that is gone would be waited for in vain.
+        """
         failed = self._group is not None and self._group.failure is not None
         if self._group is not None:
             self._group.close()

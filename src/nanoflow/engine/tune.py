@@ -64,26 +64,23 @@ def tune(
     def lap(name: str) -> None:
         seconds[name] = time.monotonic() - began - sum(seconds.values())
 
-    try:
-        key = tuning_key(bench)
-        given = None if profile is None else check_profile(ProfileTable.load(profile), key)
-        with contextlib.closing(Team(bench, workload)) as team:
-            team.load(show_progress=show_progress)
-            lap("load")
-            table = given or _profile(team, key, on_phase)
-            lap("profile")
-            contenders = find_contenders(bench, layer_graph(bench.spec, bench.ranks), table, limits, on_phase)
-            lap("search")
-            team.drop()
-            stage = team.stage()
-            verdict = _verify(stage, contenders, limits, on_phase)
-            lap("verify")
-            report = _report(bench, key, verdict, seconds)
-            _keep(key, contenders, verdict, report)  # whatever comes of the traces
-            contenders = [_with_measured(stage, contender) for contender in contenders]
-            path = _keep(key, contenders, verdict, report)
-    finally:
-        bench.device.close()
+    key = tuning_key(bench)
+    given = None if profile is None else check_profile(ProfileTable.load(profile), key)
+    with contextlib.closing(Team(bench, workload)) as team:
+        team.load(show_progress=show_progress)
+        lap("load")
+        table = given or _profile(team, key, on_phase)
+        lap("profile")
+        contenders = find_contenders(bench, layer_graph(bench.spec, bench.ranks), table, limits, on_phase)
+        lap("search")
+        team.drop()
+        stage = team.stage()
+        verdict = _verify(stage, contenders, limits, on_phase)
+        lap("verify")
+        report = _report(bench, key, verdict, seconds)
+        _keep(key, contenders, verdict, report)  # whatever comes of the traces
+        contenders = [_with_measured(stage, contender) for contender in contenders]
+        path = _keep(key, contenders, verdict, report)
     _log.info("tuned: %s wins, kept in %s", verdict.pipeline.name, path)
     return Tuning(verdict, path, report)
 
