@@ -97,7 +97,7 @@ def test_collectives_run_beside_products_and_attention_by_every_implementation()
     assert len({task.key for task in tasks}) == len(tasks) == len(kinds) * len(splits)
     quick = network_tasks("k", ops, splits, mix, Settings(64, 512, quick=True), variants)
     assert {task.first[0] for task in quick} == {Op.GATE_UP, Op.DECODE_ATTENTION}
-    solo = solo_tasks("k", ops, (0.5, 1.0), Settings(64, 512, quick=True, whole_only=True), variants)
+    solo = solo_tasks("k", ops, (0.5, 1.0), Settings(64, 512, quick=True), variants)
     assert {(task.op, task.implementation) for task in solo} >= {(Op.QKV, "k"), (Op.ALL_REDUCE, "two_shot")}
     assert {task.share for task in solo} == {1.0}
     assert [task.tokens for task in solo if task.op is Op.REDUCE_SCATTER] == [512], "no pipeline runs it as it is"

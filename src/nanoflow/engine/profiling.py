@@ -51,10 +51,10 @@ def make_settings(bench: Workbench, step: int, largest: int, *, quick: bool) -> 
     if bench.device.kind == "cuda":
         solo, pair, energy = GPU_QUICK_SOLO_SECONDS, GPU_QUICK_PAIR_SECONDS, GPU_ENERGY_SECONDS
         if quick:
-            return Settings(step, largest, solo, pair, quick=True, energy_seconds=energy, whole_only=True)
+            return Settings(step, largest, solo, pair, quick=True, energy_seconds=energy)
         return Settings(step, largest, GPU_SOLO_SECONDS, energy_seconds=energy)
     if quick:
-        return Settings(step, largest, QUICK_SOLO_SECONDS, QUICK_PAIR_SECONDS, quick=True, whole_only=True)
+        return Settings(step, largest, QUICK_SOLO_SECONDS, QUICK_PAIR_SECONDS, quick=True)
     return Settings(step, largest)
 
 

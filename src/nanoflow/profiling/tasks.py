@@ -26,8 +26,8 @@ CPU_WIRE_SHARE = 0.05
 class Settings:
     """How thorough a profile is: grain and largest of the sizes in tokens, and how long a loop runs in seconds.
 
-    On the whole device a loop runs for `energy_seconds` at least, where that is longer: energy counters are slow. With
-    `whole_only` nothing is measured alone at smaller shares, which no search asks for.
+    On the whole device a loop runs for `energy_seconds` at least, where that is longer: energy counters are slow. A
+    quick profile measures nothing alone at smaller shares, which no search asks for.
     """
 
     step: int
@@ -36,7 +36,6 @@ class Settings:
     pair_seconds: float = 1.0
     quick: bool = False
     energy_seconds: float = 0.0
-    whole_only: bool = False
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.largest < self.step:
@@ -126,7 +125,7 @@ def solo_tasks(
     variants: Variants = NO_VARIANTS,
 ) -> list[SoloTask]:
     """Every operation by every implementation at every size and share, the shares of one size next to each other."""
-    used = [1.0] if settings.whole_only else sorted(shares, reverse=True)
+    used = [1.0] if settings.quick else sorted(shares, reverse=True)
     return [
         SoloTask(name, op, tokens, share)
         for op in ops
