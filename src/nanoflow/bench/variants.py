@@ -30,6 +30,7 @@ BOTH = "network + memory overlap"
 SYNCHRONOUS = "synchronous scheduling"
 ONE_RANK = "one rank has no network operations"
 NO_OVERLAP = "no overlapping pipeline is known here: run nanoflow tune first, or give --tune or --overlap FILE"
+NO_BOTH = "no pipeline is known here that overlaps memory too: run nanoflow tune, or give --overlap FILE if it made none"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def variants_for(engine: Engine, overlaps: Overlaps) -> list[Variant]:
         Variant(SEQUENTIAL, base),
         Variant(NANO_BATCHES, split, reason="" if split else "a batch of one token cannot be split"),
         Variant(NETWORK, network, reason="" if network else ONE_RANK),
-        _or_why_not(BOTH, overlaps.both, NO_OVERLAP if ranks > 1 else f"{ONE_RANK}; see {MEMORY}"),
+        _or_why_not(BOTH, overlaps.both, NO_BOTH if ranks > 1 else f"{ONE_RANK}; see {MEMORY}"),
         _or_why_not(MEMORY, overlaps.memory, NO_OVERLAP if ranks == 1 else f"with several ranks see {BOTH}"),
         Variant(SYNCHRONOUS, base, asynchronous=False),
     ]
