@@ -30,7 +30,9 @@ BOTH = "network + memory overlap"
 SYNCHRONOUS = "synchronous scheduling"
 ONE_RANK = "one rank has no network operations"
 NO_OVERLAP = "no overlapping pipeline is known here: run nanoflow tune first, or give --tune or --overlap FILE"
-NO_BOTH = "no pipeline is known here that overlaps memory too: run nanoflow tune, or give --overlap FILE if it made none"
+NO_BOTH = (
+    "no pipeline is known here that overlaps memory too: run nanoflow tune, or give --overlap FILE if it made none"
+)
 
 
 @dataclass(frozen=True)
