@@ -70,6 +70,9 @@ def test_reuse_saves_what_the_trace_predicts(config: EngineConfig, dram_bytes: i
         assert hits == sum(value for name, value in run.numbers.items() if name.startswith("hit_tokens_"))
         # Whole pages of 16 tokens are found again, and the last token of an answer never entered the cache.
         assert history - 16 * 4 <= hits <= history
+    for run in (*reuse.runs, *no_reuse.runs):  # throughput, bound and energy count the same tokens
+        (bound,) = run.bounds
+        assert bound.tokens_per_s * bound.percent_of_bound / 100 == pytest.approx(run.numbers["tokens_per_s"])
     assert result.numbers["saved_prefill_percent"] > 0.5 * result.numbers["predicted_saved_prefill_percent"]
     assert result.workload.n_conversations == 4
     assert "found in the cache" in "\n".join(lines_of(result))

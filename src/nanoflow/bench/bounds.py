@@ -21,20 +21,31 @@ DONE, STEADY = "work done", "steady state of the workload"
 
 
 def bounds_of_run(
-    engine: Engine, rates: MachineRates, elapsed_s: float, work: WorkDone, prompts: Lengths, outputs: Lengths
+    engine: Engine,
+    rates: MachineRates,
+    elapsed_s: float,
+    work: WorkDone,
+    n_tokens: int,
+    prompts: Lengths,
+    outputs: Lengths,
 ) -> tuple[Bound, ...]:
-    """The bound of the work that was done, then that of the workload's steady state (absent if nothing would fit)."""
-    n_tokens = work.prompt_tokens + work.output_tokens
-    found = [bound_of_work(rates, elapsed_s, work)]
-    steady = _steady_floors(engine, rates, n_tokens, prompts, outputs)
+    """The bound of the work that was done, then that of the workload's steady state (absent if nothing would fit).
+
+    `n_tokens` are those that the run's throughput counts: prompts, found in a cache or computed, and outputs.
+    """
+    found = [bound_of_work(rates, elapsed_s, work, n_tokens)]
+    steady = _steady_floors(engine, rates, work.prompt_tokens + work.output_tokens, prompts, outputs)
     if steady is not None:
         found.append(_bound(STEADY, steady, elapsed_s, n_tokens, rates))
     return tuple(found)
 
 
-def bound_of_work(rates: MachineRates, elapsed_s: float, work: WorkDone) -> Bound:
-    """The bound of the work that was done; tokens that were found in a cache are not among it."""
-    return _bound(DONE, floors_of_run(work, rates), elapsed_s, work.prompt_tokens + work.output_tokens, rates)
+def bound_of_work(rates: MachineRates, elapsed_s: float, work: WorkDone, n_tokens: int) -> Bound:
+    """The bound of the work that was done, computing tokens that were found in a cache not being among it.
+
+    `n_tokens` are those that the run's throughput counts.
+    """
+    return _bound(DONE, floors_of_run(work, rates), elapsed_s, n_tokens, rates)
 
 
 def _steady_floors(

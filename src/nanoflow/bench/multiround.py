@@ -138,6 +138,7 @@ def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed
     record, columns = rounds.record, rounds.columns()
     work, elapsed = record.work, record.elapsed_s
     hits = sum(int(value or 0) for value in columns["cached_tokens"])
+    n_tokens = talks.prompt_tokens + work.output_tokens
     numbers = {
         "elapsed_s": elapsed,
         "rounds": float(len(record.sequences)),
@@ -145,7 +146,7 @@ def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed
         "prefill_tokens_computed": float(work.prompt_tokens),
         "hit_tokens": float(hits),
         "output_tokens": float(work.output_tokens),
-        "tokens_per_s": (talks.prompt_tokens + work.output_tokens) / elapsed,
+        "tokens_per_s": n_tokens / elapsed,
         "output_tokens_per_s": work.output_tokens / elapsed,
         "recomputed_tokens": float(work.recomputed_tokens),
         "preemptions": float(record.preemptions),
@@ -155,8 +156,8 @@ def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed
         seed=seed,
         elapsed_s=elapsed,
         numbers=numbers,
-        bounds=(bound_of_work(rates, elapsed, work),),
-        energy=energy_of(record.energy_j, elapsed, work.prompt_tokens + work.output_tokens, work.output_tokens),
+        bounds=(bound_of_work(rates, elapsed, work, n_tokens),),
+        energy=energy_of(record.energy_j, elapsed, n_tokens, work.output_tokens),
         requests=columns,
     )
 

@@ -140,6 +140,7 @@ def run_of(engine: Engine, rates: MachineRates, requests: RequestSet, record: Re
     tokens = np.array(record.log.tokens)
     dense = engine.pipeline.dense_batch
     n_prompt = int(requests.prompt_tokens.sum())
+    n_tokens = n_prompt + work.output_tokens
     numbers = throughput_numbers(elapsed, len(requests), n_prompt, work.output_tokens) | {
         "prefill_tokens_computed": float(work.prompt_tokens),
         "iterations": float(work.iterations),
@@ -155,8 +156,8 @@ def run_of(engine: Engine, rates: MachineRates, requests: RequestSet, record: Re
         seed=seed,
         elapsed_s=elapsed,
         numbers=numbers,
-        bounds=bounds_of_run(engine, rates, elapsed, work, requests.prompt_tokens, requests.output_tokens),
-        energy=energy_of(record.energy_j, elapsed, n_prompt + work.output_tokens, work.output_tokens),
+        bounds=bounds_of_run(engine, rates, elapsed, work, n_tokens, requests.prompt_tokens, requests.output_tokens),
+        energy=energy_of(record.energy_j, elapsed, n_tokens, work.output_tokens),
         requests=request_columns(record),
         iterations={
             "start_s": rounded(record.log.start_s),
