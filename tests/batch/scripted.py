@@ -33,7 +33,6 @@ class ScriptedResponder:
         self.sent: list[str] = []
         self.n_now = self.n_most = 0
         self.n_prepared = 0
-        self.is_crowded = False
 
     async def prepare(self, request: BatchRequest) -> Prepared:
         self.n_prepared += 1
@@ -61,9 +60,6 @@ class ScriptedResponder:
         usage = {"prompt_tokens": len(prompt), "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
         body = json.dumps({"text": prompt[::-1], "usage": usage}).encode()
         return Response(200, body, "q", TokenCounts(len(prompt), 2, 1))
-
-    def crowded(self) -> bool:
-        return self.is_crowded
 
 
 def request(custom_id: str, prompt: str, **body: Any) -> dict[str, Any]:

@@ -55,25 +55,6 @@ def test_windows_bound_what_is_prepared_ahead(tmp_path: Path) -> None:
     assert responder.most_ahead <= 10
 
 
-def test_nothing_is_sent_while_others_wait(tmp_path: Path) -> None:
-    paths = job_of(tmp_path, [request(str(i), "p") for i in range(20)])
-    responder = ScriptedResponder()
-    responder.is_crowded = True
-
-    async def scenario() -> int:
-        job = BatchJob.open(paths, IDENTITY)
-        running = asyncio.create_task(BatchRunner(job, responder, RunLimits(4)).run())
-        await asyncio.sleep(0.1)
-        sent = len(responder.sent)
-        responder.is_crowded = False
-        await running
-        job.close()
-        return sent
-
-    assert asyncio.run(scenario()) == 0
-    assert len(answers(paths.output)) == 20
-
-
 def test_a_full_queue_is_asked_again(tmp_path: Path) -> None:
     class Full(ScriptedResponder):
         refused = 0

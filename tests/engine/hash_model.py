@@ -41,10 +41,16 @@ def expected_output(
 
 
 def make_sequence(
-    name: str, prompt: list[int], max_tokens: int, *, ignore_eos: bool = False, streaming: bool = False
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    ignore_eos: bool = False,
+    streaming: bool = False,
+    priority: int = 0,
 ) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
-    return Sequence(Request(name, tuple(prompt), params, max_tokens, seed=0), streaming=streaming)
+    return Sequence(Request(name, tuple(prompt), params, max_tokens, seed=0, priority=priority), streaming=streaming)
 
 
 @dataclass

@@ -37,7 +37,6 @@ def check_empty(core: EngineCore) -> None:
     assert scheduler.pool.n_used == 0, "pages leaked"
     assert scheduler.table.n_free == scheduler.table.n_slots, "slots leaked"
     assert not scheduler.waiting
-    assert not scheduler._ages
 
 
 requests_strategy = st.lists(

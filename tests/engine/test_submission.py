@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanoflow.core.errors import InvalidRequestError
 from nanoflow.core.presets import PRESETS
+from nanoflow.core.request import BACKGROUND, MAX_PRIORITY
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.submission import Submission
-from nanoflow.engine.table import MAX_TOP_K, N_STOP_IDS, RequestTable
+from nanoflow.engine.table import AGE_BITS, MAX_TOP_K, N_STOP_IDS, RequestTable
 from nanoflow.text.byte_tokenizer import ByteTokenizer
 
 SPEC = PRESETS["smollm2"]
@@ -57,7 +59,8 @@ def test_choices_share_the_request_and_differ_by_seed() -> None:
 def test_every_seed_and_top_k_finds_room_in_the_table(seed: int) -> None:
     table = RequestTable(1, 4)
     sequence = SUBMISSION.sequences([1], SamplingParams(seed=seed, top_k=2**70))[0]
-    slot = table.admit(sequence, 0, ())
+    sequence.age = 0
+    slot = table.admit(sequence, ())
     assert int(table.seed[slot]) % 2**64 == seed % 2**64
     assert table.top_k[slot] == MAX_TOP_K
 
@@ -65,3 +68,23 @@ def test_every_seed_and_top_k_finds_room_in_the_table(seed: int) -> None:
 def test_stop_strings_are_watched_while_the_engine_runs() -> None:
     assert SUBMISSION.sequences([1], SamplingParams(stop="x"))[0].stop_watch is not None
     assert SUBMISSION.sequences([1], SamplingParams())[0].stop_watch is None
+
+
+@pytest.mark.parametrize(
+    "priority", [MAX_PRIORITY + 1, -MAX_PRIORITY - 1, BACKGROUND + MAX_PRIORITY + 1, True, "5", 0.5]
+)
+def test_priorities_are_whole_numbers_within_limits(priority: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="priority must be a whole number from -1000000"):
+        SUBMISSION.sequences([1], SamplingParams(), priority=priority)
+
+
+@pytest.mark.parametrize(
+    "priority", [-MAX_PRIORITY, 0, MAX_PRIORITY, BACKGROUND - MAX_PRIORITY, BACKGROUND + MAX_PRIORITY]
+)
+def test_every_priority_and_age_finds_room_in_the_table(priority: int) -> None:
+    table = RequestTable(1, 4)
+    (sequence,) = SUBMISSION.sequences([1], SamplingParams(), priority=priority)
+    sequence.age = 2**AGE_BITS - 1
+    slot = table.admit(sequence, ())
+    assert table.priority(np.array([slot])).tolist() == [priority]
+    assert sequence.request.in_background == (priority > MAX_PRIORITY)

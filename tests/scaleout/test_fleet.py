@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from nanoflow.core.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
-from nanoflow.core.request import OutputDelta
+from nanoflow.core.request import BACKGROUND, MAX_PRIORITY, OutputDelta
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.scaleout.engine import ReplicatedEngine
 from tests.scaleout.local import local_fleet
@@ -32,6 +32,17 @@ async def text_of(engine: ReplicatedEngine, prompt: str, n_tokens: int, on_delta
 
 def answer(n_tokens: int) -> str:
     return (ANSWER * n_tokens)[:n_tokens]
+
+
+async def test_priorities_reach_the_replicas() -> None:
+    with local_fleet(replicas=1) as fleet:
+        for priority in (BACKGROUND + 3, -7):
+            async for _ in fleet.engine.submit("a", SamplingParams(max_tokens=1), priority=priority):
+                pass
+        engine = fleet.launcher.links[0].engine
+        assert engine is not None and engine.priorities == [BACKGROUND + 3, -7]
+        with pytest.raises(InvalidRequestError, match="priority must be"):
+            fleet.engine.submit("a", SamplingParams(), priority=2 * MAX_PRIORITY)
 
 
 async def test_requests_are_spread_and_each_gets_its_answer() -> None:

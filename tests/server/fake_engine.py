@@ -109,6 +109,7 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.params: list[SamplingParams] = []
         self.salts: list[str | None] = []
+        self.priorities: list[int] = []
         self.finished: dict[str, int] = {}
         self.output_tokens = 0
         self.energy_j: float | None = None
@@ -126,6 +127,7 @@ class FakeEngine:
         *,
         whole: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> FakeStream:
         assert not isinstance(prompt, str), "the server tokenises"
         assert params.max_tokens is not None
@@ -141,6 +143,7 @@ class FakeEngine:
         self.streams.append(stream)
         self.params.append(params)
         self.salts.append(cache_salt)
+        self.priorities.append(priority)
         return stream
 
     async def _produce(self, stream: FakeStream, words: str, params: SamplingParams) -> None:

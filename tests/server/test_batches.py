@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,8 @@ import pytest
 from openai.types import Batch
 from tests.server.conftest import RunningServer, running_server, wait_until
 from tests.server.fake_engine import ANSWER, MODEL, FakeEngine
+
+from nanoflow.core.request import BACKGROUND, MAX_PRIORITY
 
 CHAT = "/v1/chat/completions"
 
@@ -226,33 +227,11 @@ def test_another_model_leaves_the_batch_for_later(tmp_path: Path) -> None:
         assert ended(client, batch).status == "completed"
 
 
-def test_interactive_requests_hold_a_batch_back_while_they_wait(tmp_path: Path) -> None:
-    """While somebody asks over HTTP and the engine's queue is not empty, no further line of a batch is sent."""
-    engine = FakeEngine(delay_s=0.005)
-    waiting = 0
-    stats = engine.stats
-
-    def crowded_stats() -> Any:
-        from dataclasses import replace
-
-        return replace(stats(), n_waiting=waiting)
-
-    engine.stats = crowded_stats  # type: ignore[method-assign]
-    with running_server(engine, batch_in_flight=3) as server, server.openai() as client:
-        batch = create(client, *(chat_line(f"q{i}") for i in range(200)))
-        wait_until(lambda: len(engine.streams) > 5)
-        waiting = 1
-        talk = threading.Thread(
-            target=lambda: client.completions.create(model=MODEL, prompt="I ask", max_tokens=60), daemon=True
-        )
-        talk.start()
-        wait_until(lambda: any(params.max_tokens == 60 for params in engine.params))
-        time.sleep(0.05)
-        before = len(engine.streams)
-        time.sleep(0.1)
-        assert len(engine.streams) == before
-        waiting = 0
-        talk.join()
-        wait_until(lambda: len(engine.streams) > before)
-        client.batches.cancel(batch.id)
-        ended(client, batch)
+def test_lines_of_a_batch_go_after_all_that_somebody_waits_for() -> None:
+    with running_server(FakeEngine()) as server, server.openai() as client:
+        lines = [chat_line("plain"), chat_line("first", priority=-MAX_PRIORITY), chat_line("last", priority=5)]
+        ended(client, create(client, *lines))
+        client.completions.create(model=MODEL, prompt="I ask", max_tokens=2, extra_body={"priority": MAX_PRIORITY})
+        *batch, person = server.engine.priorities
+    assert sorted(batch) == [BACKGROUND - MAX_PRIORITY, BACKGROUND, BACKGROUND + 5]
+    assert person == MAX_PRIORITY < min(batch)

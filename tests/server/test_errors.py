@@ -106,6 +106,12 @@ BAD_TEXT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": "a", "messages": HI}, "Unknown field 'messages'", "messages"),
     ({"prompt": "a", "cache_salt": ""}, "cache_salt is empty", "cache_salt"),
     ({"prompt": "a", "cache_salt": 5}, "cache_salt must be a string, not 5", "cache_salt"),
+    (
+        {"prompt": "a", "priority": 1_000_001},
+        r"priority must be from -1000000 \(first\) to 1000000 \(last\)",
+        "priority",
+    ),
+    ({"prompt": "a", "priority": 1.5}, "priority must be a whole number, not 1.5", "priority"),
 ]
 
 

@@ -56,7 +56,3 @@ class Responder(Protocol):
         Raises `QueueFullError` to be asked again later, `EngineDeadError` if no request can be answered any more.
         """
         ...
-
-    def crowded(self) -> bool:
-        """Whether others wait for the engine, so that no further request of a batch should be sent now."""
-        ...

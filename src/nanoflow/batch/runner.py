@@ -17,7 +17,6 @@ from nanoflow.batch.responder import Prepared, Responder
 from nanoflow.core.errors import QueueFullError
 
 _LONGEST_PAUSE_S = 1.0
-_CROWDED_PAUSE_S = 0.02
 _LINES_BETWEEN_TURNS = 8
 _SKIPS_BETWEEN_TURNS = 256
 
@@ -156,14 +155,11 @@ class BatchRunner:
             self._place.set()
 
     async def _room_for(self, n_sequences: int) -> None:
-        """Wait until so many more may be in flight (a request larger than the limit runs alone), and nobody waits."""
+        """Wait until so many more may be in flight; a request larger than the limit runs alone."""
         self._raise_failure()
         while self._n_in_flight and self._n_in_flight + n_sequences > self._limits.in_flight:
             self._place.clear()
             await self._place.wait()
-            self._raise_failure()
-        while self._responder.crowded():
-            await asyncio.sleep(_CROWDED_PAUSE_S)
             self._raise_failure()
 
     async def _keep_checkpoints(self) -> None:

@@ -97,12 +97,16 @@ class SchedulerConfig:
     dense_batch: int | None = _doc("tokens of one iteration: decode tokens first, then prefill chunks", default=None)
     max_running: int | None = _doc("requests that may hold KV pages at once", default=None)
     max_queued: int = _doc("requests that may wait; one more is answered 429", default=4096)
+    background_tokens: int | None = _doc(
+        "most tokens of a server's batches in an iteration that holds interactive requests", default=None
+    )
     asynchronous: bool = _doc("launch iteration i+1 before reading i (off: the synchronous ablation)", default=True)
 
     def __post_init__(self) -> None:
         _at_least("dense_batch", self.dense_batch, 1)
         _at_least("max_running", self.max_running, 1)
         _at_least("max_queued", self.max_queued, 1)
+        _at_least("background_tokens", self.background_tokens, 0)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,18 @@ from nanoflow.core.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_PRIORITY = 1_000_000
+"""Requests have priorities from minus this to this; smaller goes first, 0 is usual."""
+
+BACKGROUND = 4 * MAX_PRIORITY
+"""Added to the priority of requests that nobody waits for (a batch's): they go after all others."""
+
 
 @dataclass(frozen=True)
 class Request:
     """One sequence to generate. `n > 1` is already split: each choice is a Request with its own `index` and `seed`.
 
-    Only requests with equal `cache_salt` share KV pages.
+    Only requests with equal `cache_salt` share KV pages. Those with a smaller `priority` go first.
     """
 
     request_id: str
@@ -25,6 +31,12 @@ class Request:
     index: int = 0
     arrival_s: float = 0.0
     cache_salt: str | None = None
+    priority: int = 0
+
+    @property
+    def in_background(self) -> bool:
+        """Whether nobody waits for it."""
+        return self.priority > MAX_PRIORITY
 
 
 @dataclass(frozen=True)

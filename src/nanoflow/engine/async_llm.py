@@ -197,11 +197,12 @@ class AsyncLLM:
         *,
         whole: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> RequestStream:
         """Check and queue a request; must be called in a running event loop.
 
         With `whole` each choice comes as one delta at its end, which spares the event loop the work of every token.
-        Only requests with equal `cache_salt` share KV pages.
+        Only requests with equal `cache_salt` share KV pages. Those with a smaller `priority` go first.
         Raises `InvalidRequestError`, `QueueFullError` or `EngineDeadError` at once.
         """
         core, limit = self._engine.core, self.config.scheduler.max_queued
@@ -212,7 +213,9 @@ class AsyncLLM:
             )
         submission = self._engine.submission
         ids = submission.prompt_ids(prompt)
-        sequences = submission.sequences(ids, params, request_id=request_id, streaming=not whole, cache_salt=cache_salt)
+        sequences = submission.sequences(
+            ids, params, request_id=request_id, streaming=not whole, cache_salt=cache_salt, priority=priority
+        )
         stream = RequestStream(self, sequences, asyncio.get_running_loop())
         with self._wake:
             self._check_healthy()
@@ -227,9 +230,11 @@ class AsyncLLM:
         if not self.healthy:
             raise EngineDeadError(self._dead or "the engine is shutting down; send the request elsewhere.")
 
-    async def generate(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> RequestOutput:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, priority: int = 0
+    ) -> RequestOutput:
         """The whole answer to one prompt. Cancelling the task aborts the request."""
-        stream = self.submit(prompt, params, request_id)
+        stream = self.submit(prompt, params, request_id, priority=priority)
         text = prompt if isinstance(prompt, str) else None
         choices = [CompletionOutput(index) for index in range(params.n)]
         output = RequestOutput(stream.request_id, text, stream.prompt_token_ids, choices)

@@ -143,6 +143,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Coll
             n_pages=n_pages,
             eos_ids=eos_ids,
             caching=config.cache.enable_prefix_caching,
+            background_tokens=config.scheduler.background_tokens,
         ),
         root=cache_root(config, files, kernels.name),
         mover=mover,

@@ -77,23 +77,28 @@ class LLM:
         prompts: Prompt | Message | SequenceOf[Prompt | Message],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         *,
+        priority: SequenceOf[int] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete prompts, each a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`.
 
-        A mapping may bring a `cache_salt` too: only prompts with equal salts share KV pages.
+        A mapping may bring a `cache_salt` too: only prompts with equal salts share KV pages. `priority` has a number
+        for each prompt; smaller ones go first.
         Results come in the order of the prompts. Raises `InvalidRequestError` before anything runs if one is wrong.
         """
         given = _as_list(prompts)
         items, salts = [_unpacked(item) for item in given], [_salt_of(item) for item in given]
         params = _params_for(items, sampling_params)
+        priorities = [0] * len(items) if priority is None else list(priority)
+        if len(priorities) != len(items):
+            raise InvalidRequestError(f"{len(items)} prompts but {len(priorities)} priorities; give one for each.")
         with self._lock:
             if self._dead is not None:
                 raise EngineDeadError(f"the engine has stopped: {self._dead}; make a new LLM.")
             submission = self._engine.submission
             requests = [
-                submission.sequences(submission.prompt_ids(item), choice, cache_salt=salt)
-                for item, choice, salt in zip(items, params, salts, strict=True)
+                submission.sequences(submission.prompt_ids(item), choice, cache_salt=salt, priority=number)
+                for item, choice, salt, number in zip(items, params, salts, priorities, strict=True)
             ]
             self._run([sequence for request in requests for sequence in request], use_tqdm=use_tqdm)
         texts = [item if isinstance(item, str) else None for item in items]

@@ -1,17 +1,64 @@
-"""What the rare rows of a result mean: log-probabilities to keep, text to search for stop strings, first tokens.
+"""What a result means for its sequences: tokens that extend and end them, log-probabilities, first tokens.
 
-The common case, a token that just extends its sequence, is vectorised in `engine/scheduler.py`.
+The common case, a token that just extends its sequence, is vectorised up to the sequence's own list.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+
+import numpy as np
 
 from nanoflow.core.batch import BatchResult
 from nanoflow.core.request import TokenLogprobs
 from nanoflow.engine.batching import ScheduledBatch
-from nanoflow.engine.sequence import Sequence, token_logprobs
-from nanoflow.engine.table import RequestTable
+from nanoflow.engine.sequence import Sequence, TokenEvent, token_logprobs
+from nanoflow.engine.table import RequestTable, SlotState
+
+
+def extend(
+    table: RequestTable,
+    batch: ScheduledBatch,
+    result: BatchResult,
+    finish: Callable[[Sequence, int, int, bool], None],
+) -> tuple[int, list[TokenEvent]]:
+    """Give each sequence its token; `finish` is told of those that end (sequence, slot, token, whether a stop id).
+
+    Tokens of sequences that ended before are dropped. Returns how many were not, and the events of streaming sequences.
+    """
+    states = table.state[batch.sample_slots]
+    rows = np.flatnonzero((states == SlotState.DECODE) | (states == SlotState.PREEMPTED))
+    slots = batch.sample_slots[rows]
+    tokens = result.tokens[rows]
+    table.n_out[slots] += 1
+    n_out = table.n_out[slots]
+    stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1) & (n_out > table.min_out[slots])
+    ended = stopped | (n_out >= table.max_out[slots])
+    wants_logprobs = table.n_logprobs[slots] >= 0
+    special = wants_logprobs | table.watches_text[slots]
+    events: list[TokenEvent] = []
+    for row, slot, token, is_stop, is_end, is_special in zip(
+        rows.tolist(),
+        slots.tolist(),
+        tokens.tolist(),
+        stopped.tolist(),
+        ended.tolist(),
+        special.tolist(),
+        strict=True,
+    ):
+        sequence = table.sequences[slot]
+        assert sequence is not None
+        sequence.output_ids.append(token)
+        text: str | None = None
+        logprobs: TokenLogprobs | None = None
+        if is_special:
+            text, logprobs, is_end = special_token(sequence, token, row, result, is_stop, is_end)
+        if is_end:
+            finish(sequence, slot, token, is_stop)
+        if sequence.streaming:
+            events.append(TokenEvent(sequence, token, text, logprobs, sequence.finish_reason))
+    return len(rows), events
 
 
 def special_token(

@@ -1,28 +1,31 @@
 """The scheduler: which tokens make up the next iteration, and what the last one's results mean.
 
 A batch is filled with one token of every decoding request first, then with prompt chunks, up to the dense batch.
-Requests are admitted in order of arrival while the predicted peak of KV memory fits; if a prediction was wrong, the
-youngest request gives its pages back and is recomputed later. The batch in flight may be one iteration behind what
-is scheduled: a request that turns out to have ended has its one extra token dropped in `retire`.
+Requests are admitted by priority, then in order of arrival, while the predicted peak of KV memory fits; if a prediction
+was wrong, or a better request lacks room, the youngest of the worst gives its pages back and is recomputed later. What
+follows where several priorities meet is worked out in `engine/room.py`. The batch in flight may be one iteration behind
+what is scheduled: a request that turns out to have ended has its one extra token dropped in `retire`.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
 from nanoflow.core.batch import BatchResult, PenaltyReset
-from nanoflow.core.request import FinishReason, TokenLogprobs
-from nanoflow.engine.admission import DecodeLengths, admissible
+from nanoflow.core.request import FinishReason
+from nanoflow.engine.admission import DecodeLengths
 from nanoflow.engine.batching import Chunk, ScheduledBatch, build_batch
 from nanoflow.engine.residency import Match, Residency
-from nanoflow.engine.results import note_first_tokens, special_token, take_prompt_scores
+from nanoflow.engine.results import extend, note_first_tokens, take_prompt_scores
+from nanoflow.engine.room import Budget, Promise, Room
 from nanoflow.engine.sequence import Sequence, TokenEvent
-from nanoflow.engine.table import RequestTable, SlotState
+from nanoflow.engine.table import AGE_BITS, RequestTable, SlotState
+from nanoflow.engine.waiting import WaitingQueue
 from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.mover import PageMover
 from nanoflow.kvcache.pages import PagePool
@@ -36,7 +39,10 @@ SEEK_AHEAD = 16
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Sizes that scheduling has to respect. `max_running` is at most `dense_batch`."""
+    """Sizes that scheduling has to respect. `max_running` is at most `dense_batch`.
+
+    `background_tokens` None sets no limit besides the dense batch.
+    """
 
     dense_batch: int
     max_running: int
@@ -45,6 +51,7 @@ class SchedulerLimits:
     n_pages: int
     eos_ids: tuple[int, ...] = ()
     caching: bool = True
+    background_tokens: int | None = None
 
 
 def slots_for(max_running: int) -> int:
@@ -76,14 +83,15 @@ class Scheduler:
         tiers = None if lower is None else lower(self.pool)
         self.residency = Residency(self.table, self.pool, limits.page_tokens, root, mover, tiers)
         self.lengths = DecodeLengths()
-        self.waiting: deque[Sequence] = deque()
+        self.room = Room(limits, self.table, self.residency, self.lengths, self._has_fixed_length)
+        self.waiting = WaitingQueue()
         self.preemptions = 0
         self.prompt_tokens = 0  # appended to the KV cache for the first time
         self.recomputed_tokens = 0  # appended again after a preemption
         self.output_tokens = 0
         self.finished: dict[str, int] = {}
-        self._ages: dict[Sequence, int] = {}
         self._next_age = 0
+        self._priorities: set[int] = set()  # that occurred since there was nothing to do
         self._preempted_now = False  # who makes room by giving pages back does not admit in the same iteration
         self._free_penalty_rows: list[int] = []
         self._n_penalty_rows = 0
@@ -92,6 +100,9 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its prompt and maximum output fit `max_model_len` (checked on submission)."""
+        if not self.waiting and self.table.n_free == self.table.n_slots:
+            self._priorities.clear()
+        self._priorities.add(sequence.request.priority)
         self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence, reason: FinishReason = "abort", error: str | None = None) -> bool:
@@ -101,9 +112,8 @@ class Scheduler:
         sequence.finish(reason, error=error)
         self._count(reason)
         if sequence.slot is None:
-            if sequence in self.waiting:
+            with suppress(ValueError):  # it was never queued
                 self.waiting.remove(sequence)
-            self._ages.pop(sequence, None)
         else:
             self._leave(sequence.slot)
         return True
@@ -130,8 +140,11 @@ class Scheduler:
         resets: list[PenaltyReset] = []
         self._preempted_now = False
         self.residency.begin()
-        decode = self._decode_slots()
-        chunks = self._prefill_chunks(self.limits.dense_batch - len(decode), resets)
+        promises = self._make_room() if len(self._priorities) > 1 else None
+        decode, background = self._decode_slots(promises)
+        chunks = self._prefill_chunks(Budget(self.limits.dense_batch - len(decode), background), resets)
+        if not len(decode) and not chunks:
+            decode, _ = self._decode_slots(None)  # those that left their places to better ones, who could not take them
         if not len(decode) and not chunks:
             self._break_prefill_deadlock()
             return None
@@ -150,74 +163,113 @@ class Scheduler:
         table.in_flight[batch.slots] -= 1
         take_prompt_scores(batch, result)
         note_first_tokens(table, batch)
-        events = self._extend(batch, result)
+        n_tokens, events = extend(table, batch, result, self._finish)
+        self.output_tokens += n_tokens
         self._settle(batch.slots)
         return events
 
     # --- forming a batch ---
 
-    def _decode_slots(self) -> np.ndarray:
-        """Slots that decode this iteration, with a page for their new token each; preempts the youngest if need be."""
-        table, page = self.table, self.limits.page_tokens
+    def _make_room(self) -> list[Promise]:
+        """Preempt the worst requests where better ones lack pages or a place; who of the waiting has room then."""
+        table = self.table
+        while len(table.holding()):
+            worst = self._youngest()
+            if not self.room.lacks_pages(worst):
+                if not self.waiting or self.waiting.best_priority >= table.order[worst] >> AGE_BITS:
+                    break
+                slots, promises = self.room.wanted(self.waiting)
+                for slot in slots.tolist():
+                    self._preempt(slot)
+                return promises
+            self._preempt(worst)
+            self._preempted_now = True
+        return []
+
+    def _decode_slots(self, promises: list[Promise] | None) -> tuple[np.ndarray, int]:
+        """Slots that decode this iteration, with a page for their new token each; preempts the youngest if need be.
+
+        With `promises` those that have to leave their places to better requests are left out. Also returns how many
+        tokens the background may take besides.
+        """
+        table, page, background = self.table, self.limits.page_tokens, self.limits.dense_batch
         while True:
             slots: np.ndarray = table.slots_in(SlotState.DECODE)
             slots = slots[table.n_out_planned[slots] < table.max_out[slots]]
+            if promises is not None:
+                slots, background = self.room.decodes(slots, promises)
             growing = slots[table.computed[slots] >= table.n_pages[slots] * page]
             missing = len(growing) - self.pool.n_free
             if missing <= 0:
                 break
             if missing <= self.residency.pages_coming():  # the youngest leave out an iteration instead
-                late = growing[np.argsort(table.age[growing])][-missing:]
+                late = growing[np.argsort(table.order[growing])][-missing:]
                 slots, growing = np.setdiff1d(slots, late), np.setdiff1d(growing, late)
                 break
             self._preempt(self._youngest())
+            self._preempted_now = True
         if len(growing):
             table.pages[growing, table.n_pages[growing]] = self.pool.allocate(len(growing))
             table.n_pages[growing] += 1
-        return slots
+        return slots, background
 
-    def _prefill_chunks(self, budget: int, resets: list[PenaltyReset]) -> list[Chunk]:
-        """Chunks for admitted prompts, oldest first, then for newly admitted ones, within `budget` tokens."""
+    def _prefill_chunks(self, budget: Budget, resets: list[PenaltyReset]) -> list[Chunk]:
+        """Chunks for admitted prompts, best and oldest first, then for newly admitted ones, within `budget`.
+
+        New ones that are better than some admitted ones have theirs before those.
+        """
         chunks: list[Chunk] = []
         prefilling = self.table.slots_in(SlotState.PREFILL)
-        for slot in prefilling[np.argsort(self.table.age[prefilling])].tolist():
-            budget -= self._add_chunk(slot, budget, chunks, resets)
+        prefilling = prefilling[np.argsort(self.table.order[prefilling])]
+        passed = None
+        for slot, priority in zip(prefilling.tolist(), self.table.priority(prefilling).tolist(), strict=True):
+            if priority != passed and self.waiting and self.waiting.best_priority < priority:
+                passed = priority
+                self._admit_waiting(budget, chunks, resets, better_than=priority)
+            self._add_chunk(slot, budget, chunks, resets)
         self.residency.look_ahead(islice(self.waiting, SEEK_AHEAD))
-        if budget > 0 and self.waiting and not self._preempted_now:
-            for sequence in self._admissible(budget):
-                budget -= self._add_chunk(self._admit(sequence), budget, chunks, resets)
-                if budget <= 0:
-                    break
+        self._admit_waiting(budget, chunks, resets)
         return chunks
 
-    def _add_chunk(self, slot: int, budget: int, chunks: list[Chunk], resets: list[PenaltyReset]) -> int:
-        """Give `slot` as many tokens as budget and free pages allow; returns how many."""
+    def _admit_waiting(
+        self, budget: Budget, chunks: list[Chunk], resets: list[PenaltyReset], better_than: int | None = None
+    ) -> None:
+        """Admit whom slots, budget and memory allow, those of a better priority than `better_than` if it is given."""
+        if budget.tokens > 0 and self.waiting and not self._preempted_now:
+            for sequence in self._admissible(budget, better_than):
+                self._add_chunk(self._admit(sequence), budget, chunks, resets)
+                if budget.left(sequence) <= 0:
+                    break
+
+    def _add_chunk(self, slot: int, budget: Budget, chunks: list[Chunk], resets: list[PenaltyReset]) -> None:
+        """Give `slot` as many tokens as budget and free pages allow."""
         table, page = self.table, self.limits.page_tokens
-        if budget <= 0:
-            return 0
+        sequence = table.sequences[slot]
+        assert sequence is not None
+        left = budget.left(sequence)
+        if left <= 0:
+            return
         self.residency.catch_up(slot)
         if table.state[slot] == SlotState.LOADING:
-            return 0
+            return
         start, held = int(table.computed[slot]), int(table.n_pages[slot])
         room = (held + self.pool.n_free) * page - start
-        count = min(int(table.target[slot]) - start, budget, room)
+        count = min(int(table.target[slot]) - start, left, room)
         if count <= 0:
-            return 0
+            return
         needed = -(-(start + count) // page) - held
         if needed > 0:
             table.pages[slot, held : held + needed] = self.pool.allocate(needed)
             table.n_pages[slot] += needed
-        self._count_prefill(slot, start, start + count)
+        self._count_prefill(sequence, start, start + count)
         self.residency.note_chunk(slot, start, start + count)
         last = start + count == int(table.target[slot])
         if last:
             self._prepare_sampling(slot, resets)
         chunks.append(Chunk(slot, start, count, last))
-        return count
+        budget.spend(sequence, count)
 
-    def _count_prefill(self, slot: int, start: int, stop: int) -> None:
-        sequence = self.table.sequences[slot]
-        assert sequence is not None
+    def _count_prefill(self, sequence: Sequence, start: int, stop: int) -> None:
         again = max(0, min(stop, sequence.n_computed) - start)
         self.recomputed_tokens += again
         self.prompt_tokens += max(0, min(stop, len(sequence.prompt_array)) - start - again)
@@ -234,54 +286,37 @@ class Scheduler:
             outputs = np.asarray(sequence.output_ids, dtype=np.int32)
             resets.append(PenaltyReset(row, sequence.prompt_array, outputs))
 
-    def _admissible(self, budget: int) -> list[Sequence]:
+    def _admissible(self, budget: Budget, better_than: int | None) -> list[Sequence]:
         """Waiting sequences, in order, to admit now: as slots, budget and the predicted peak of KV memory allow."""
         running = self.table.holding()
         places = min(self.limits.max_running - len(running), self.table.n_free)
+        budget = replace(budget)
         candidates: list[Sequence] = []
         matches: list[Match] = []
         for sequence in islice(self.waiting, LOOK_AHEAD):
-            if len(candidates) >= places or budget <= 0:
+            if len(candidates) >= places or budget.left(sequence) <= 0:
+                break
+            if better_than is not None and sequence.request.priority >= better_than:
                 break
             if not self.residency.must_wait(sequence):
                 candidates.append(sequence)
                 matches.append(self.residency.match(sequence, roughly=True))
                 found = matches[-1].tokens + matches[-1].n_lower * self.limits.page_tokens
-                budget -= sequence.n_known - found
+                budget.spend(sequence, sequence.n_known - found)
         if not candidates:
             return []
-        count = self._fitting(running, candidates, matches)
+        count = self.room.fitting(running, candidates, matches)
         if count == 0 and len(running) == 0:
             count = 1  # alone, any request that passed submission fits
         return candidates[:count]
 
-    def _fitting(self, running: np.ndarray, candidates: list[Sequence], matches: list[Match]) -> int:
-        table, page = self.table, self.limits.page_tokens
-        own = table.n_pages[running] - table.borrowed[running]
-        held = np.maximum(table.n_prompt[running] + table.n_out_planned[running], table.target[running]) + page
-        held -= page * table.borrowed[running]
-        remaining = self.lengths.remaining(
-            table.n_out_planned[running], table.max_out[running], table.fixed_length[running]
-        )
-        n_out = np.array([len(s.output_ids) for s in candidates], dtype=np.int32)
-        borrowed = self.residency.borrowed_pages(matches)
-        new_held = np.array([s.n_known for s in candidates], dtype=np.float64) + page - page * borrowed
-        max_out = np.array([s.request.max_tokens for s in candidates], dtype=np.int32)
-        fixed = np.array([not s.request.params.stop and not self.stop_ids_of(s) for s in candidates], dtype=bool)
-        new_remaining = self.lengths.remaining(n_out, max_out, fixed)
-        # Shared pages count for the request that held them first; those it left to others count for nobody.
-        orphaned = max(0, self.pool.n_used - int(own.sum()))
-        capacity = float((self.limits.n_pages - orphaned) * page)
-        return admissible(held.astype(np.float64), remaining, new_held, new_remaining, capacity)
-
     def _admit(self, sequence: Sequence) -> int:
         """Take `sequence` from the queue into a slot, with the pages of its cached prefix."""
         self.waiting.remove(sequence)
-        age = self._ages.get(sequence)
-        if age is None:
-            age = self._ages[sequence] = self._next_age
+        if sequence.age is None:
+            sequence.age = self._next_age
             self._next_age += 1
-        slot = self.table.admit(sequence, age, self.stop_ids_of(sequence))
+        slot = self.table.admit(sequence, self.stop_ids_of(sequence))
         self.residency.place(slot)
         return slot
 
@@ -291,16 +326,19 @@ class Scheduler:
         eos = () if params.ignore_eos else self.limits.eos_ids
         return tuple(dict.fromkeys([*eos, *params.stop_token_ids]))
 
+    def _has_fixed_length(self, sequence: Sequence) -> bool:
+        return not sequence.request.params.stop and not self.stop_ids_of(sequence)
+
     # --- giving pages back ---
 
     def _youngest(self) -> int:
+        """The youngest of the worst priority."""
         slots = self.table.holding()
-        return int(slots[np.argmax(self.table.age[slots])])
+        return int(slots[np.argmax(self.table.order[slots])])
 
     def _preempt(self, slot: int) -> None:
         """Take all pages from `slot`; it queues again, with the tokens it has, once nothing in flight mentions it."""
         self.preemptions += 1
-        self._preempted_now = True
         sequence = self.table.sequences[slot]
         assert sequence is not None
         sequence.n_computed = max(sequence.n_computed, int(self.table.computed[slot]))
@@ -328,56 +366,18 @@ class Scheduler:
             table.penalty_row[slot] = -1
 
     def _settle(self, slots: np.ndarray) -> None:
-        """Free slots that only waited for their batch in flight; preempted sequences go to the head of the queue."""
+        """Free slots that only waited for their batch in flight; preempted sequences go back into the queue."""
         table = self.table
         settled = slots[(table.in_flight[slots] == 0) & (table.state[slots] >= SlotState.PREEMPTED)]
-        for slot in settled[np.argsort(-table.age[settled])].tolist():
+        for slot in settled.tolist():
             sequence = table.sequences[slot]
             assert sequence is not None
             queue_again = table.state[slot] == SlotState.PREEMPTED
             table.free(slot)
             if queue_again:
-                self.waiting.appendleft(sequence)
-            else:
-                self._ages.pop(sequence, None)
+                self.waiting.put_back(sequence)
 
     # --- taking results ---
-
-    def _extend(self, batch: ScheduledBatch, result: BatchResult) -> list[TokenEvent]:
-        table = self.table
-        states = table.state[batch.sample_slots]
-        rows = np.flatnonzero((states == SlotState.DECODE) | (states == SlotState.PREEMPTED))
-        slots = batch.sample_slots[rows]
-        tokens = result.tokens[rows]
-        self.output_tokens += len(rows)
-        table.n_out[slots] += 1
-        n_out = table.n_out[slots]
-        stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1) & (n_out > table.min_out[slots])
-        ended = stopped | (n_out >= table.max_out[slots])
-        wants_logprobs = table.n_logprobs[slots] >= 0
-        special = wants_logprobs | table.watches_text[slots]
-        events: list[TokenEvent] = []
-        for row, slot, token, is_stop, is_end, is_special in zip(
-            rows.tolist(),
-            slots.tolist(),
-            tokens.tolist(),
-            stopped.tolist(),
-            ended.tolist(),
-            special.tolist(),
-            strict=True,
-        ):
-            sequence = table.sequences[slot]
-            assert sequence is not None
-            sequence.output_ids.append(token)
-            text: str | None = None
-            logprobs: TokenLogprobs | None = None
-            if is_special:
-                text, logprobs, is_end = special_token(sequence, token, row, result, is_stop, is_end)
-            if is_end:
-                self._finish(sequence, slot, token, is_stop)
-            if sequence.streaming:
-                events.append(TokenEvent(sequence, token, text, logprobs, sequence.finish_reason))
-        return events
 
     def _finish(self, sequence: Sequence, slot: int, token: int, is_stop: bool) -> None:
         if is_stop:

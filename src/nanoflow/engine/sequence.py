@@ -84,6 +84,7 @@ class Sequence:
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
         self.slot: int | None = None
+        self.age: int | None = None  # number of its first admission
         self.n_scored = 0  # prompt positions whose log-probability is on its way or here
         self.n_computed = 0  # tokens whose KV was computed before the last preemption
         self.page_keys: list[bytes] = []  # names of the full pages of the known tokens, as far as they were needed

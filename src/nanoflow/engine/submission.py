@@ -16,7 +16,7 @@ from numbers import Integral
 
 from nanoflow.core.errors import InvalidRequestError
 from nanoflow.core.model_spec import ModelSpec
-from nanoflow.core.request import Request
+from nanoflow.core.request import BACKGROUND, MAX_PRIORITY, Request
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.sequence import Choices, Sequence
 from nanoflow.engine.table import N_STOP_IDS
@@ -66,12 +66,13 @@ class Submission:
         request_id: str | None = None,
         streaming: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> list[Sequence]:
         """One sequence a choice of the request. Raises `InvalidRequestError` naming the field.
 
-        Only requests with equal `cache_salt` share KV pages.
+        Only requests with equal `cache_salt` share KV pages. Those with a smaller `priority` go first.
         """
-        max_tokens = self.check(len(prompt_ids), params, cache_salt)
+        max_tokens = self.check(len(prompt_ids), params, cache_salt, priority)
         request_id = request_id or uuid.uuid4().hex
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ids = tuple(prompt_ids)
@@ -81,7 +82,15 @@ class Submission:
             Sequence(
                 # Choices of one request differ by their seed alone; choice 0 has the seed that was asked for.
                 Request(
-                    request_id, ids, params, max_tokens, (seed + index * 0x9E3779B9) % 2**64, index, now, cache_salt
+                    request_id,
+                    ids,
+                    params,
+                    max_tokens,
+                    (seed + index * 0x9E3779B9) % 2**64,
+                    index,
+                    now,
+                    cache_salt,
+                    priority,
                 ),
                 streaming=streaming,
                 stop_watch=TextStream(self.tokenizer, params) if params.stop else None,
@@ -90,11 +99,12 @@ class Submission:
             for index in range(params.n)
         ]
 
-    def check(self, n_prompt: int, params: SamplingParams, cache_salt: str | None = None) -> int:
+    def check(self, n_prompt: int, params: SamplingParams, cache_salt: str | None = None, priority: int = 0) -> int:
         """How many tokens a choice may have after `n_prompt` ones. Raises `InvalidRequestError` naming the field."""
         max_tokens = self._max_tokens(n_prompt, params)
         self._check_tokens(params)
         _check_salt(cache_salt)
+        check_priority(priority)
         return max_tokens
 
     def _max_tokens(self, n_prompt: int, params: SamplingParams) -> int:
@@ -127,6 +137,16 @@ class Submission:
         allowed = N_STOP_IDS - len(self.eos_ids)
         if len(set(params.stop_token_ids)) > allowed:
             raise InvalidRequestError(f"stop_token_ids takes at most {allowed} ids; send fewer.", "stop_token_ids")
+
+
+def check_priority(priority: object) -> None:
+    """Raise `InvalidRequestError` unless it is a priority as users give them, or one of the background."""
+    number = priority if isinstance(priority, int) and not isinstance(priority, bool) else None
+    if number is None or min(abs(number), abs(number - BACKGROUND)) > MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority must be a whole number from {-MAX_PRIORITY} (first) to {MAX_PRIORITY} (last), not {priority!r}.",
+            "priority",
+        )
 
 
 def _check_salt(cache_salt: object) -> None:

@@ -18,6 +18,9 @@ N_STOP_IDS = 16
 
 NO_TOKEN = -1
 
+AGE_BITS = 40
+"""A request's `order` is its priority above this many bits, its age in them: one number to sort by."""
+
 MAX_TOP_K = 2**31 - 1
 """Keeps every vocabulary whole, as does each larger number."""
 
@@ -49,7 +52,7 @@ class RequestTable:
         self.computed = ints()  # tokens whose KV is there: appended, in flight included, or found in the cache
         self.target = ints()  # tokens to append before decoding (again)
         self.in_flight = ints()  # batches in flight that mention this slot
-        self.age = np.zeros(n_slots, dtype=np.int64)  # order of first admission; smaller is older
+        self.order = np.zeros(n_slots, dtype=np.int64)  # by priority, then first admission; smaller goes first
         self.max_out = ints()
         self.min_out = ints()
         self.fixed_length = np.zeros(n_slots, dtype=bool)  # no stop condition: will run to max_out
@@ -89,8 +92,14 @@ class RequestTable:
         first, last = int(SlotState.LOADING), int(SlotState.DECODE)
         return np.flatnonzero((self.state - first).view(np.uint8) <= last - first)
 
-    def admit(self, sequence: Sequence, age: int, stop_ids: tuple[int, ...]) -> int:
-        """Give `sequence` a slot, in prefill of all tokens it has so far."""
+    def priority(self, slots: np.ndarray) -> np.ndarray:
+        """Priorities of the requests in `slots`."""
+        priorities: np.ndarray = self.order[slots] >> AGE_BITS
+        return priorities
+
+    def admit(self, sequence: Sequence, stop_ids: tuple[int, ...]) -> int:
+        """Give `sequence` a slot, in prefill of all tokens it has so far; its `age` is known."""
+        assert sequence.age is not None
         slot = self._free.pop()
         request, params = sequence.request, sequence.request.params
         known = sequence.known_ids()
@@ -100,7 +109,7 @@ class RequestTable:
         self.computed[slot] = 0
         self.target[slot] = len(known)
         self.in_flight[slot] = 0
-        self.age[slot] = age
+        self.order[slot] = (request.priority << AGE_BITS) + sequence.age
         self.max_out[slot] = request.max_tokens
         self.min_out[slot] = params.min_tokens
         self.fixed_length[slot] = not stop_ids and not params.stop

@@ -109,6 +109,7 @@ class ReplicatedEngine:
         *,
         whole: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> RoutedStream:
         """Check and queue a request; while no replica is ready, it waits for one. Call it in a running event loop.
 
@@ -118,11 +119,11 @@ class ReplicatedEngine:
         if self._draining or self._fleet.hopeless:
             raise EngineDeadError("no replica is left, or all are shutting down; start the server again.")
         ids = self._submission.prompt_ids(prompt)
-        self._submission.check(len(ids), params, cache_salt)
+        self._submission.check(len(ids), params, cache_salt, priority)
         self._count(params.n)
         if params.seed is None:  # so that a second replica would give the same answer
             params = replace(params, seed=secrets.randbits(63))
-        order = Order(next(self._fleet.keys), request_id or uuid4().hex, ids, params, whole, cache_salt)
+        order = Order(next(self._fleet.keys), request_id or uuid4().hex, ids, params, whole, cache_salt, priority)
         stream = RoutedStream(order, asyncio.get_running_loop(), self._abort)
         self._soon(self._fleet.add, stream)
         return stream

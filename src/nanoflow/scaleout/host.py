@@ -52,6 +52,7 @@ class ReplicaHost:
                     order.request_id,
                     whole=order.whole,
                     cache_salt=order.cache_salt,
+                    priority=order.priority,
                 )
             except Exception as error:
                 log.warning("refused %s: %s", order.request_id, error)

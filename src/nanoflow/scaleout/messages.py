@@ -27,6 +27,7 @@ class Order:
     params: SamplingParams
     whole: bool
     cache_salt: str | None
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 from uuid import uuid4
 
 from nanoflow.batch.counts import TokenCounts
@@ -11,6 +12,7 @@ from nanoflow.batch.lines import BatchRequest
 from nanoflow.batch.order import prefix_key
 from nanoflow.batch.responder import Prepared, Response
 from nanoflow.core.errors import EngineDeadError, QueueFullError
+from nanoflow.core.request import BACKGROUND
 from nanoflow.server.config import ServerConfig
 from nanoflow.server.delivery import whole_answer
 from nanoflow.server.endpoints import GenerationEndpoint, Job, generation_endpoints
@@ -23,7 +25,10 @@ _ENDS_THE_RUN = ("shutting_down", "engine_unavailable")
 
 
 class EngineResponder:
-    """A `Responder` over a running engine. `only_url` refuses lines for another endpoint; None takes every one."""
+    """A `Responder` over a running engine, whose requests go after all that somebody waits for.
+
+    `only_url` refuses lines for another endpoint; None takes every one.
+    """
 
     def __init__(
         self, engine: Engine, endpoints: Mapping[str, GenerationEndpoint], *, only_url: str | None = None
@@ -43,9 +48,9 @@ class EngineResponder:
 
     async def answer(self, prepared: Prepared) -> Response:
         job: Job = prepared.work
+        options: dict[str, Any] = {"cache_salt": job.cache_salt, "priority": BACKGROUND + job.priority}
         try:
-            salt = job.cache_salt
-            async with Generation(self._engine, None, job.prompts, whole=True, cache_salt=salt) as generation:
+            async with Generation(self._engine, None, job.prompts, whole=True, **options) as generation:
                 body = await whole_answer(generation, job.answer)
         except QueueFullError:
             raise
@@ -56,11 +61,6 @@ class EngineResponder:
         request_id = generation.streams[0].request_id
         tokens = TokenCounts(generation.prompt_tokens, generation.output_tokens, generation.cached_tokens)
         return Response(200, body, request_id, tokens)
-
-    def crowded(self) -> bool:
-        """Whether somebody asks over HTTP while requests wait for a place in the engine."""
-        interactive = any(endpoint.n_active for endpoint in self._endpoints.values())
-        return interactive and self._engine.stats().n_waiting > 0
 
     def _engine_has_stopped(self, exc: Exception) -> bool:
         """Whether it is not the request's fault that it failed: it will be answered by the next run."""
@@ -80,17 +80,10 @@ class EngineResponder:
         return endpoint
 
 
-class OfflineResponder(EngineResponder):
-    """The same where nobody else uses the engine: its queue may be kept full."""
-
-    def crowded(self) -> bool:
-        return False
-
-
-def offline_responder(engine: Engine) -> OfflineResponder:
+def offline_responder(engine: Engine) -> EngineResponder:
     """A responder for an engine without a server."""
     config, metrics = ServerConfig(api_key=None), Metrics(engine)
-    return OfflineResponder(engine, generation_endpoints(engine, config, metrics))
+    return EngineResponder(engine, generation_endpoints(engine, config, metrics))
 
 
 def _prepared(request: BatchRequest, job: Job) -> Prepared:

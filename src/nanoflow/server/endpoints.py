@@ -41,6 +41,7 @@ class Job:
     answer: Answer
     stream: bool
     cache_salt: str | None = None
+    priority: int = 0
 
 
 class GenerationEndpoint(ABC):
@@ -51,7 +52,6 @@ class GenerationEndpoint(ABC):
         self.config = config
         self.metrics = metrics
         self.model = served_model_name(engine)
-        self.n_active = 0  # HTTP requests being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_json_object(scope, receive, self.config)
@@ -59,15 +59,10 @@ class GenerationEndpoint(ABC):
 
     async def _serve(self, body: dict[str, Any], send: Send, request_id: str) -> None:
         job = await self.prepare(body)
-        self.n_active += 1
-        try:
-            await self._generate(job, send, request_id)
-        finally:
-            self.n_active -= 1
-
-    async def _generate(self, job: Job, send: Send, request_id: str) -> None:
         latencies = self.metrics.latencies
-        async with Generation(self.engine, latencies, job.prompts, cache_salt=job.cache_salt) as generation:
+        async with Generation(
+            self.engine, latencies, job.prompts, cache_salt=job.cache_salt, priority=job.priority
+        ) as generation:
             if job.stream:
                 await send_stream(send, generation, job.answer, self.metrics, request_id)
             else:
@@ -144,7 +139,8 @@ class ChatEndpoint(GenerationEndpoint):
         answer = ChatAnswer(
             self.model, self.engine.tokenizer, n_logprobs=logprobs, include_usage=bool(options.include_usage)
         )
-        return Job([(ids, params)], answer, bool(request.stream), parsing.cache_salt_of(request))
+        priority = parsing.priority_of(request)
+        return Job([(ids, params)], answer, bool(request.stream), parsing.cache_salt_of(request), priority)
 
     def _tokenise(self, request: ChatRequest, messages: Sequence[dict[str, Any]]) -> list[int]:
         tokenizer = self.engine.tokenizer
@@ -198,7 +194,8 @@ class CompletionEndpoint(GenerationEndpoint):
             show_prompt_logprobs=request.prompt_logprobs is not None,
             prompt_only=prompt_only,
         )
-        return Job(jobs, answer, bool(request.stream), parsing.cache_salt_of(request))
+        priority = parsing.priority_of(request)
+        return Job(jobs, answer, bool(request.stream), parsing.cache_salt_of(request), priority)
 
     def _params(self, request: CompletionRequest) -> tuple[SamplingParams, bool]:
         """The parameters (max_tokens still as asked), and whether only the prompt is to be scored."""

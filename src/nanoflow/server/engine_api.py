@@ -63,10 +63,12 @@ class Engine(Protocol):
         *,
         whole: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> RequestStream:
         """Validate and queue at once; with `whole` each choice comes as one delta at its end.
 
-        Only requests with equal `cache_salt` share KV pages. The first delta of choice 0 tells `cached_tokens`.
+        Only requests with equal `cache_salt` share KV pages; those with a smaller `priority` go first. The first delta
+        of choice 0 tells `cached_tokens`.
 
         Raises `InvalidRequestError`, `QueueFullError`, `EngineDeadError`.
         """

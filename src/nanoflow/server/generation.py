@@ -45,6 +45,7 @@ class Generation:
         *,
         whole: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> None:
         self._latencies = latencies
         self._start_s = time.monotonic()
@@ -57,8 +58,10 @@ class Generation:
         self.streams: list[RequestStream] = []
         try:
             for ids, params in jobs:
-                stream = engine.submit(ids, params, f"req-{uuid4().hex}", whole=whole, cache_salt=cache_salt)
-                self.streams.append(stream)
+                request_id = f"req-{uuid4().hex}"
+                self.streams.append(
+                    engine.submit(ids, params, request_id, whole=whole, cache_salt=cache_salt, priority=priority)
+                )
         except BaseException:
             self.abort()
             raise

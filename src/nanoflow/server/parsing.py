@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from nanoflow.core.request import MAX_PRIORITY
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.server.errors import ApiError, bad_request
 from nanoflow.server.protocol import (
@@ -177,6 +178,14 @@ def _content(content: Any, path: str) -> str:
             raise bad_request(f"{here} is of type {part['type'][:40]!r}; this model reads text parts only.", here)
         texts.append(parse(TextPart, part, here).text)
     return "".join(texts)
+
+
+def priority_of(request: GenerationFields) -> int:
+    """The priority, checked; 0 if none was given."""
+    priority = request.priority or 0
+    if abs(priority) > MAX_PRIORITY:
+        raise bad_request(f"priority must be from {-MAX_PRIORITY} (first) to {MAX_PRIORITY} (last).", "priority")
+    return priority
 
 
 def cache_salt_of(request: GenerationFields) -> str | None:

@@ -66,6 +66,7 @@ class GenerationFields(IgnoredFields):
     reasoning_effort: Any = None
     verbosity: Any = None
     cache_salt: str | None = None
+    priority: int | None = None
 
 
 class ChatRequest(GenerationFields):
