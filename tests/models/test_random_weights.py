@@ -1,5 +1,7 @@
 """Random weights: a function of seed, name and place alone."""
 
+import hashlib
+import math
 from dataclasses import replace
 
 import pytest
@@ -37,9 +39,36 @@ def test_seed_and_name_matter() -> None:
     assert not torch.equal(weights.read(DOWN), weights.read(DOWN.replace("1", "0")))
 
 
-def test_blocks_are_not_repeated() -> None:
+def test_neighbours_are_independent() -> None:
+    values = RandomWeights(SPEC).read(EMBEDDING)[:4096] / 0.02
+    for other in (values.roll(1, 0), values.roll(1, 1), values.roll(SPEC.d_model // 2, 1), values.roll(64, 0)):
+        assert (values * other).mean().abs() < 4 / values.numel() ** 0.5
+    largest = torch.linalg.matrix_norm(values[: SPEC.d_model], 2)  # of independent numbers: 2 sqrt(n)
+    assert largest == pytest.approx(2 * SPEC.d_model**0.5, rel=0.05)
+
+
+def test_a_value_is_a_hash_of_its_place() -> None:
+    seed, row, col, wrap = 7, 40_000, 123, 1 << 64
+    key = hashlib.blake2b(f"{seed} {EMBEDDING}".encode(), digest_size=8).digest()
+    bits = (int.from_bytes(key, "little") + row * SPEC.d_model + col) % wrap
+    for multiplier in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        bits = bits * multiplier % wrap
+        bits ^= bits >> 32
+    total = sum(bits >> shift & 0xFFFF for shift in (0, 16, 32, 48))
+    expected = (total - 2 * 65535) * 0.02 / math.sqrt(4 * (65536**2 - 1) / 12)
+    assert RandomWeights(SPEC, seed).read(EMBEDDING)[row, col].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.cuda
+def test_a_gpu_makes_the_same() -> None:
+    on_gpu = RandomWeights(SPEC).on(torch.device("cuda")).read(EMBEDDING, rows=slice(5, 40_000), cols=slice(3, 500))
+    assert on_gpu.is_cuda
+    assert torch.equal(on_gpu.cpu(), RandomWeights(SPEC).read(EMBEDDING)[5:40_000, 3:500])
+
+
+def test_rows_are_not_repeated() -> None:
     embedding = RandomWeights(SPEC).read(EMBEDDING)
-    assert len(torch.unique(embedding[:, 0])) > 0.99 * SPEC.vocab_size
+    assert len(torch.unique(embedding[:, :8], dim=0)) == SPEC.vocab_size
 
 
 def test_distribution_and_norms() -> None:

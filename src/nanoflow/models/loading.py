@@ -24,6 +24,7 @@ from nanoflow.distributed.sharding import Shard, Span, shard_of
 from nanoflow.kernels.base import ExpertWeights, Kernels, LinearWeight
 from nanoflow.models.decoder import DecoderWeights, LayerWeights
 from nanoflow.models.weights.base import WeightSource
+from nanoflow.models.weights.random import RandomWeights
 
 
 def load_weights(
@@ -43,6 +44,8 @@ def load_weights(
     `ModelLoadError` naming a missing or odd weight.
     """
     shard = shard or shard_of(spec, 0, 1)
+    if isinstance(source, RandomWeights):
+        source = source.on(device)
     reader = _Reader(source, kernels, dtype, device)
     table = (spec.vocab_size, spec.d_model)
     embedding = reader.linear([_Part("model.embed_tokens.weight", table, rows=shard.vocab)])
