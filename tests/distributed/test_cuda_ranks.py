@@ -87,17 +87,26 @@ def make(folder: Path, **options: object) -> Engine:
 
 def by_library(graph: LayerGraph) -> Pipeline:
     """Both forms of joining attention, on two lanes, all by NCCL."""
+    return _all_by("library", graph)
+
+
+def by_default(graph: LayerGraph) -> Pipeline:
+    """The same, none by name."""
     return overlapped(graph)
 
 
 def by_copies(graph: LayerGraph) -> Pipeline:
     """The same, all by copies (and the all-reduces in two shots)."""
+    return _all_by("copy_engine", graph)
+
+
+def _all_by(variant: str, graph: LayerGraph) -> Pipeline:
     pipeline = overlapped(graph)
 
-    def copying(nano: NanoOp) -> NanoOp:
-        return replace(nano, variant="copy_engine") if RESOURCE[nano.op] is Resource.NETWORK else nano
+    def named(nano: NanoOp) -> NanoOp:
+        return replace(nano, variant=variant) if RESOURCE[nano.op] is Resource.NETWORK else nano
 
-    return replace(pipeline, nano_ops=tuple(map(copying, pipeline.nano_ops)))
+    return replace(pipeline, nano_ops=tuple(map(named, pipeline.nano_ops)))
 
 
 def by_shots(graph: LayerGraph) -> Pipeline:
@@ -112,7 +121,7 @@ def by_shots(graph: LayerGraph) -> Pipeline:
     return replace(pipeline, nano_ops=tuple(map(shooting, pipeline.nano_ops)))
 
 
-@pytest.mark.parametrize("kind", [by_library, by_copies, by_shots, fused, partly_fused])
+@pytest.mark.parametrize("kind", [by_library, by_default, by_copies, by_shots, fused, partly_fused])
 def test_two_gpus_give_the_tokens_of_one(
     reference: Reference, kind: Callable[[LayerGraph], Pipeline], tmp_path: Path
 ) -> None:

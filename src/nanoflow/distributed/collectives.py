@@ -22,7 +22,7 @@ from nanoflow.kernels.reference import ReferenceKernels
 
 c10d: Any = _c10d
 LIBRARY = "library"
-"""Gloo on a CPU, NCCL on a GPU: always there, and what an empty variant means."""
+"""Gloo on a CPU, NCCL on a GPU: always there."""
 
 NORMING = ("one_shot_norm", "two_shot_norm")
 """Implementations that are `NormingCollectives`: an all-reduce of theirs leaves its rows normed as well."""

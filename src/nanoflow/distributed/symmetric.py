@@ -207,14 +207,15 @@ def open_symmetric(
     device: torch.device,
     names: Collection[str],
     *,
+    default: str = LIBRARY,
     scratch_bytes: int = SCRATCH_BYTES,
     one_shot_bytes: int = ONE_SHOT_BYTES,
     blocks: int = BLOCKS,
 ) -> tuple[LaneCollectives, Allocate]:
     """The library's collectives and those of `names` on every lane; buffers come from symmetric memory.
 
-    `one_shot_bytes` and `blocks` are those of `ReduceNorm`. Raises `ConfigError` if the GPUs do not reach each other's
-    memory.
+    `default` is what an operation takes that names none, `one_shot_bytes` and `blocks` are those of `ReduceNorm`.
+    Raises `ConfigError` if the GPUs do not reach each other's memory.
     """
     memory = SymmetricMemory(device)
     by_lane: dict[int, Mapping[str, Collectives]] = {}
@@ -226,7 +227,7 @@ def open_symmetric(
             if fused := sorted(set(names) & set(FUSED)):
                 meeting = ReduceNorm(group, memory, one_shot_bytes=one_shot_bytes, blocks=blocks)
                 own |= {name: FUSED[name](group, memory, scratch, meeting) for name in fused}
-            by_lane[lane] = own
+            by_lane[lane] = {default: own[default], **own}
         torch.cuda.synchronize(device)
         groups.smallest(0)  # nobody's flags are raised before all have lowered theirs
     except RuntimeError as error:
