@@ -39,14 +39,23 @@ def here(device: Any, ranks: int = 1) -> dict[str, str]:
     return HERE if ranks == 1 else {**HERE, "ranks": str(ranks)}
 
 
-def keep(day: int, ratio: float, where: dict[str, str], dtype: str = "bfloat16", ranks: int = 1) -> Path:
+def keep(
+    day: int,
+    ratio: float,
+    where: dict[str, str],
+    dtype: str = "bfloat16",
+    ranks: int = 1,
+    expert_parallel: bool = False,
+) -> Path:
     """A tuned pipeline made `day` days after the epoch, and its report."""
     spec = PRESETS["smollm2"]
     graph = layer_graph(spec)
     pipeline = sequential(graph, 64) if ratio == 1.0 else nano_batches(graph, 64, [32])
-    key = TuningKey(spec, where, dtype, "native", 64, ranks)
+    key = TuningKey(spec, where, dtype, "native", 64, ranks, expert_parallel)
     candidates = [{"name": "other", "ratio_to_sequential": 2.0}, {"name": pipeline.name, "ratio_to_sequential": ratio}]
     facts: dict[str, Any] = {"model": "smollm2", "dtype": dtype, "ranks": ranks, "machine": where}
+    if expert_parallel:
+        facts["expert_parallel"] = True
     report = {**facts, "workload": {"dense_batch": 64}, "winner": pipeline.name, "candidates": candidates}
     path = tuned.save(key, pipeline, report)
     os.utime(path, (day * DAY, day * DAY))
@@ -87,6 +96,16 @@ def test_what_was_tuned_for_two_ranks_is_of_this_machine_too(cache: Path, capsys
     assert main(["doctor"]) == 0
     (line,) = lines(capsys)
     assert line.endswith("2 ranks, batches of 64 (1970-01-11): 1.25 × sequential with nano-batches")
+
+
+def test_expert_parallelism_is_told(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = keep(10, 0.8, HERE_WITH_TWO, ranks=2, expert_parallel=True)
+    for lost in (False, True):
+        if lost:
+            path.with_suffix(".report.json").unlink()
+        assert main(["doctor"]) == 0
+        (line,) = lines(capsys)
+        assert "2 ranks, expert parallel, batches of 64" in line
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"candidates": [], "winner": "x"}'])

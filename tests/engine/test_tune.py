@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from nanoflow.engine import profiling, tuned
 from nanoflow.engine.build import Engine, build_engine
 from nanoflow.engine.contenders import find_contenders
 from nanoflow.engine.predictions import mean_layer_us
-from nanoflow.engine.resolve import open_device
+from nanoflow.engine.resolve import find_tuned, open_device
 from nanoflow.engine.searching import TuneLimits
 from nanoflow.engine.stage import Stage, open_stage
 from nanoflow.engine.tune import check_profile, tune, tuning_key
@@ -267,6 +269,36 @@ def test_the_tuned_pipeline_is_used_for_what_it_was_tuned_for_only(bench: Workbe
     text = (folder / "config.json").read_text()
     (other / "config.json").write_text(text.replace('"intermediate_size": 48', '"intermediate_size": 64'))
     assert engine_pipeline(config(other)).name == "sequential"
+
+
+def test_with_and_without_expert_parallelism_are_tuned_apart(bench: Workbench, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"tensor_parallel_size": 2}
+    plain, by_expert = (config(tmp_path / "tiny", **sizes, expert_parallel=on) for on in (False, True))
+    keys = [tuning_key(replace(bench, config=one)) for one in (plain, by_expert)]
+    for key, one, other in zip(keys, (plain, by_expert), (by_expert, plain), strict=True):
+        pipeline = sequential(layer_graph(bench.spec, 2), DENSE_BATCH)
+        path = tuned.save(key, pipeline, {"winner": "sequential"})
+        assert find_tuned(one, bench.spec, bench.device, bench.kernels.name) == pipeline
+        assert find_tuned(other, bench.spec, bench.device, bench.kernels.name) is None
+        (kept,) = tuned.summaries()
+        assert (kept["ranks"], kept["expert_parallel"]) == (2, key.expert_parallel)
+        path.unlink()
+    table = ProfileTable(bench.spec.name, "float32", 2, keys[1].machine, (), expert_parallel=True)
+    assert ProfileTable.from_json(table.to_json()) == table
+    with pytest.raises(ConfigError, match="made with expert_parallel"):
+        check_profile(table, keys[0])
+    with pytest.raises(ConfigError, match="made without expert_parallel"):
+        check_profile(replace(table, expert_parallel=False), keys[1])
+
+
+def test_what_was_kept_before_expert_parallelism_was_told_apart_is_without(bench: Workbench, tmp_path: Path) -> None:
+    key = tuning_key(bench)
+    shape = {name: value for name, value in asdict(key.spec).items() if name not in ("name", "bos_id", "eos_ids")}
+    earlier = json.dumps([shape, dict(key.machine), key.kernels], sort_keys=True)
+    assert key.path.name == f"tiny-float32-r1-b64-{hashlib.sha256(earlier.encode()).hexdigest()[:12]}.json"
+    table = json.loads(ProfileTable("m", "float32", 2, {}, ()).to_json())
+    del table["expert_parallel"]
+    assert not ProfileTable.from_json(json.dumps(table)).expert_parallel
 
 
 def test_another_version_s_pipeline_is_mentioned_not_used(

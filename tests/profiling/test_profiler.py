@@ -109,6 +109,20 @@ def test_a_partial_file_of_other_settings_is_not_mixed_in(tmp_path: Path, caplog
     assert Journal(path, {"model": "a", "step": 16}).records == {}
 
 
+def test_a_profile_with_expert_parallelism_says_so_and_takes_nothing_of_one_without(
+    tmp_path: Path, device: CpuDevice
+) -> None:
+    mix, path = steady_mix("24/24", 16, 16, 256), tmp_path / "out.partial"
+    for by_expert in (False, True):
+        one = Profiler(
+            device, "m", "float32", mix, Settings(8, 16), path, ["reference"], ranks=2, expert_parallel=by_expert
+        )
+        assert one._journal.records == {}
+        one._journal.add("reference/done", True)
+        table, _ = one.run(lambda _: pytest.fail("nothing is left to measure"))
+        assert table.expert_parallel is by_expert
+
+
 @pytest.mark.parametrize("tail", ['{"key": "y", "val', "[1, 2]\n", "\n", '{"key": "z"}\n'])
 def test_a_line_cut_off_in_the_middle_costs_that_line_only(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "out.partial"

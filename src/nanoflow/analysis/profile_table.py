@@ -102,6 +102,7 @@ class ProfileTable:
     interference: tuple[Interference, ...] = ()
     power: Power | None = None
     note: str = field(default="", compare=False)
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -223,6 +224,7 @@ class ProfileTable:
                 interference=tuple(_read_interference(pair) for pair in data.get("interference", ())),
                 power=Power(**data["power"]) if data.get("power") else None,
                 note=str(data.get("note", "")),
+                expert_parallel=bool(data.get("expert_parallel", False)),
             )
         except ConfigError:
             raise

@@ -169,6 +169,7 @@ def print_findings(found: dict[str, Any]) -> None:
 def _tuned(one: dict[str, Any]) -> str:
     """e.g. `smollm2 bfloat16, 1 rank, batches of 512 (2026-11-22): 1.07 × sequential with 2-nano-batches`."""
     ranks = "" if one["ranks"] is None else f", {one['ranks']} rank{'s' * (one['ranks'] != 1)}"
+    ranks += ", expert parallel" if one["expert_parallel"] else ""
     batch = "" if one["dense_batch"] is None else f", batches of {one['dense_batch']}"
     gain = "its report cannot be read"
     if one["gain"] is not None:

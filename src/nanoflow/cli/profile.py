@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
 def print_table(table: ProfileTable) -> None:
     """Times by operation and share in µs, then P(R)."""
     ranks = f", {table.ranks} ranks" if table.ranks > 1 else ""
-    print(f"{table.model}, {table.dtype}, {table.machine.get('processor', table.machine['device'])}{ranks}")
+    experts = ", expert parallel" if table.expert_parallel else ""
+    print(f"{table.model}, {table.dtype}, {table.machine.get('processor', table.machine['device'])}{ranks}{experts}")
     sizes = sorted({entry.tokens for entry in table.solo})
     rows: dict[tuple[Op, str, float], dict[int, float]] = {}
     for entry in table.solo:

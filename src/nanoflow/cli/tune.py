@@ -64,6 +64,7 @@ def print_report(tuning: Tuning) -> None:
     n_decode = mix["n_decode"]
     batch = f"{n_decode} decode tokens of {mix['context']} keys + {mix['dense_batch'] - n_decode} prefill tokens"
     ranks = f", {report['ranks']} ranks" if report["ranks"] > 1 else ""
+    ranks += ", expert parallel" if report["expert_parallel"] else ""
     print(f"{report['model']}, {report['dtype']}, {report['kernels']} kernels{ranks}; {mix['workload']}: {batch}")
     head = f"{'PIPELINE':<40}{'predicted':>11}{'measured':>11}{'error':>8}{'iteration':>12}{'spread':>8}"
     print(f"{head}   time / sequential (interval)")

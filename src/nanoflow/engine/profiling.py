@@ -72,6 +72,7 @@ def run_profile(team: Team, settings: Settings, path: Path, *, on_task: OnTask |
         names,
         on_task,
         ranks=bench.ranks,
+        expert_parallel=bench.config.device.expert_parallel,
         timer=team.time,
     )
     table, pairs = profiler.run(lambda name: team.subject(name, settings.largest))

@@ -163,8 +163,9 @@ def find_tuned(config: EngineConfig, spec: ModelSpec, device: Device, kernels: s
     if config.pipeline != "auto" or not tuned.folder().is_dir():
         return None
     dense_batch = config.scheduler.dense_batch or DEFAULTS[device.kind].dense_batch
-    ranks = config.device.tensor_parallel_size
-    key = tuned.TuningKey(spec, machine_fingerprint(device, ranks), config.model.dtype, kernels, dense_batch, ranks)
+    ranks, by_expert = config.device.tensor_parallel_size, config.device.expert_parallel
+    machine = machine_fingerprint(device, ranks)
+    key = tuned.TuningKey(spec, machine, config.model.dtype, kernels, dense_batch, ranks, by_expert)
     found = tuned.find(key)
     if found is not None:
         _log.info("pipeline: tuned for this model and machine (%s)", key.path)

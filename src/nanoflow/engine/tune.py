@@ -100,6 +100,7 @@ def tuning_key(bench: Workbench) -> TuningKey:
         bench.kernels.name,
         bench.mix.dense_batch,
         bench.ranks,
+        bench.config.device.expert_parallel,
     )
 
 
@@ -119,6 +120,9 @@ def check_profile(table: ProfileTable, key: TuningKey) -> ProfileTable:
             raise ConfigError(f"the profile is of {what} {there}, not {here}; run nanoflow profile for {here}.")
     if table.ranks != key.ranks:
         raise ConfigError(f"the profile is of {table.ranks} ranks, not {key.ranks}; run nanoflow profile again.")
+    if table.expert_parallel != key.expert_parallel:
+        how = "with" if table.expert_parallel else "without"
+        raise ConfigError(f"the profile was made {how} expert_parallel; run nanoflow profile again.")
     table.check_matches(key.machine)
     wires = tuple(entry for entry in table.solo if RESOURCE[entry.op] is Resource.NETWORK)
     solo = tuple(entry for entry in table.solo if entry.implementation == key.kernels and entry not in wires)
@@ -154,6 +158,7 @@ def _report(bench: Workbench, key: TuningKey, verdict: Verdict, seconds: dict[st
         "dtype": key.dtype,
         "kernels": key.kernels,
         "ranks": key.ranks,
+        "expert_parallel": key.expert_parallel,
         "machine": dict(key.machine),
         "workload": bench.mix.to_dict(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},

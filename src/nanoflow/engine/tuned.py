@@ -35,18 +35,21 @@ class TuningKey:
     kernels: str
     dense_batch: int
     ranks: int = 1
+    expert_parallel: bool = False
 
     @property
     def readable(self) -> str:
         """The part of the file name that people read; may be shared by several keys."""
         name = re.sub(r"[^\w.-]+", "-", self.spec.name)
-        return f"{name}-{self.dtype}-r{self.ranks}-b{self.dense_batch}"
+        experts = EXPERT_PARALLEL if self.expert_parallel else ""
+        return f"{name}-{self.dtype}-r{self.ranks}{experts}-b{self.dense_batch}"
 
     @property
     def path(self) -> Path:
         """Where the pipeline lies."""
         shape = {name: value for name, value in asdict(self.spec).items() if name not in ("name", "bos_id", "eos_ids")}
-        whole = json.dumps([shape, dict(self.machine), self.kernels], sort_keys=True)
+        parts = [shape, dict(self.machine), self.kernels, *([EXPERT_PARALLEL] if self.expert_parallel else [])]
+        whole = json.dumps(parts, sort_keys=True)
         return folder() / f"{self.readable}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}.json"
 
     @property
@@ -148,17 +151,22 @@ def _reported(path: Path) -> dict[str, Any]:
         report = json.loads(path.with_suffix(".report.json").read_text(encoding="utf-8"))
         winner = next(one for one in report["candidates"] if one["name"] == report["winner"])
         facts = {name: report[name] for name in ("model", "dtype", "ranks", "machine")}
+        facts["expert_parallel"] = bool(report.get("expert_parallel", False))
         batch = int(report["workload"]["dense_batch"])
         return {**facts, "dense_batch": batch, "pipeline": report["winner"], "gain": 1 / winner["ratio_to_sequential"]}
     except (OSError, ValueError, LookupError, TypeError, StopIteration, ZeroDivisionError):
-        facts = dict.fromkeys(("model", "dtype", "ranks", "machine", "dense_batch", "pipeline", "gain"))
+        unknown = ("model", "dtype", "ranks", "expert_parallel", "machine", "dense_batch", "pipeline", "gain")
+        facts = dict.fromkeys(unknown)
         readable = READABLE.match(path.name)
         if readable is None:
             return {**facts, "model": path.stem}
-        model, dtype, ranks, rows = readable.groups()
-        return {**facts, "model": model, "dtype": dtype, "ranks": int(ranks), "dense_batch": int(rows)}
+        model, dtype, ranks, experts, rows = readable.groups()
+        sizes = {"ranks": int(ranks), "expert_parallel": bool(experts), "dense_batch": int(rows)}
+        return {**facts, "model": model, "dtype": dtype, **sizes}
 
 
-READABLE = re.compile(r"(.+)-([^-]+)-r(\d+)-b(\d+)-[0-9a-f]{12}\.json$")
-"""A kept file's name: model, dtype, ranks, dense batch (`TuningKey.path`)."""
+EXPERT_PARALLEL = "-experts"
+"""In the names of what was tuned with expert parallelism; what says nothing was tuned without."""
+READABLE = re.compile(rf"(.+)-([^-]+)-r(\d+)({EXPERT_PARALLEL})?-b(\d+)-[0-9a-f]{{12}}\.json$")
+"""A kept file's name: model, dtype, ranks, expert parallelism, dense batch (`TuningKey.path`)."""
 SIDE_FILES = ([".report", ".json"], [".profile", ".json"], [".contenders", ".json"])

@@ -91,10 +91,12 @@ class Profiler:
         on_task: OnTask | None = None,
         *,
         ranks: int = 1,
+        expert_parallel: bool = False,
         timer: Timer | None = None,
     ) -> None:
         self._device = device
         self._ranks = ranks
+        self._expert_parallel = expert_parallel
         self._timer = timer or timer_of(device)
         self._model = model
         self._dtype = dtype
@@ -103,13 +105,15 @@ class Profiler:
         self._machine = machine_fingerprint(device, ranks)
         self._on_task = on_task
         self._implementations = list(implementations)
-        header = {
+        header: dict[str, Any] = {
             "model": model,
             "dtype": dtype,
             "machine": self._machine,
             "mix": mix.to_dict(),
             "settings": asdict(settings),
         }
+        if expert_parallel:
+            header["expert_parallel"] = True
         self._journal = Journal(journal_path, header)
         self._idle_w = self._measure_idle()
 
@@ -268,7 +272,17 @@ class Profiler:
         )
         cap_w = self._device.power_cap_w()
         power = None if cap_w is None or self._idle_w is None else Power(cap_w, self._idle_w)
-        table = ProfileTable(self._model, self._dtype, self._ranks, self._machine, solo, curves, power=power, note=note)
+        table = ProfileTable(
+            self._model,
+            self._dtype,
+            self._ranks,
+            self._machine,
+            solo,
+            curves,
+            power=power,
+            expert_parallel=self._expert_parallel,
+            note=note,
+        )
         return table, pairs
 
     def _measure_idle(self) -> float | None:
