@@ -91,6 +91,13 @@ def rows_of(recorder: RecordingSampler, output: list[int], wanted: Tensor) -> Te
     return min(alike, key=lambda answer: relative(answer, wanted))
 
 
+def nearly_greedy(model: Any, prompt: list[int], output: list[int]) -> bool:
+    """Whether every token is the likeliest after those before it, or nearly ties with that one in float32."""
+    exact = logits_of(model, prompt + output[:-1], torch.float32)[len(prompt) - 1 :]
+    chosen = exact.gather(1, torch.tensor(output)[:, None])[:, 0]
+    return bool((exact.max(dim=1).values - chosen <= 0.05 * exact.abs().max()).all())
+
+
 def check_logits(engine: Engine, model: Any, dtype: torch.dtype) -> None:
     """Our error against float32 is at most 1.5 times that of transformers in the same precision."""
     recorder = record_logits(engine)
@@ -135,10 +142,7 @@ def test_the_recorded_path_gives_the_same_tokens(engine: Engine, tiny_model: tup
     model = tiny_model[1]
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
     fused = run(engine, prompts, PLAIN)
-    for prompt, output in zip(prompts, fused, strict=True):
-        exact = logits_of(model, prompt + output[:-1], torch.float32)[len(prompt) - 1 :]
-        chosen = exact.gather(1, torch.tensor(output)[:, None])[:, 0]
-        assert bool((exact.max(dim=1).values - chosen <= 0.05 * exact.abs().max()).all())
+    assert all(nearly_greedy(model, prompt, output) for prompt, output in zip(prompts, fused, strict=True))
 
 
 def test_company_changes_little(engine: Engine, tiny_model: tuple[Path, Any]) -> None:
@@ -173,7 +177,7 @@ def test_seeds_hold_whatever_else_runs(tmp_path: Path) -> None:
 
 def test_sampling_options_and_preemption_work(tmp_path: Path) -> None:
     """Penalties, top-k, top-p, biases and log-probabilities beside plain rows; and too little KV memory for all."""
-    save_tiny_model("llama3-scaled", tmp_path)
+    model = save_tiny_model("llama3-scaled", tmp_path)
     options = {"dense_batch": 64, "max_model_len": 128, "enable_prefix_caching": False}
     engine = believing_in_short_answers(engine_of(tmp_path, kv_memory_bytes=1 << 17, **options))
     unlikely = 319
@@ -190,11 +194,10 @@ def test_sampling_options_and_preemption_work(tmp_path: Path) -> None:
     ]
     prompt = prompt_of(60, seed=3)
     outputs = run(engine, [prompt] * len(params), params)
-    greedy = outputs[1]
     assert all(len(output) == 40 or output[-1] == unlikely for output in outputs)
-    assert all(outputs[number][:4] == greedy[:4] for number in (0, 2, 5))
+    assert all(nearly_greedy(model, prompt, outputs[number]) for number in (0, 1, 2, 5))
     assert outputs[4] == [7] * 40
-    assert len(set(outputs[3])) > len(set(greedy)), "penalised tokens repeat less"
+    assert len(set(outputs[3])) > len(set(outputs[1])), "penalised tokens repeat less"
     assert engine.core.stats().preemptions > 0, "the KV memory was meant to be too small"
     assert engine.core.stats().kv_pages_used == 0
     engine.device.close()
