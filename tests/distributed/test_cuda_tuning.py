@@ -10,7 +10,7 @@ import pytest
 from nanoflow.analysis.profile_table import ProfileTable
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.ops import Op, Resource
-from nanoflow.engine import profiling, tuned
+from nanoflow.engine import fusing, profiling, tuned
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.searching import TuneLimits
 from nanoflow.engine.tune import tune
@@ -30,6 +30,8 @@ def test_two_gpus_are_tuned_with_their_collectives(tmp_path: Path, monkeypatch: 
     for name in ("GPU_QUICK_SOLO_SECONDS", "GPU_QUICK_PAIR_SECONDS", "GPU_ENERGY_SECONDS"):
         monkeypatch.setattr(profiling, name, 0.02)
     monkeypatch.setattr(profiler, "RETRIES", 0)
+    monkeypatch.setattr(fusing, "MARGIN", 1e9)
+    monkeypatch.setattr("nanoflow.engine.tune.TRIAL_TIME", 1e9)
     save_tiny_model("llama2-mha", tmp_path / "model")
     options: dict[str, Any] = {"tokenizer": "bytes", "kernels": "triton", "device": "cuda", "dense_batch": 256}
     config = EngineConfig.from_options(
@@ -44,6 +46,9 @@ def test_two_gpus_are_tuned_with_their_collectives(tmp_path: Path, monkeypatch: 
     names = {one["name"] for one in tuning.report["candidates"]}
     assert {"sequential", "nano-batches", "network-overlap"} < names
     assert any(name.startswith("network-overlap-0") for name in names), "on a part of the multiprocessors"
+    forms = {one["form_of"]: one["collectives"] for one in tuning.report["candidates"] if "form_of" in one}
+    assert len(forms) == 2 and "sequential" in forms, "with all-reduce and norm in one kernel"
+    assert all({"one_shot_norm", "two_shot_norm"} & set(names) for names in forms.values())
     engine = build_engine(config, show_progress=False)
     engine.close()
     assert engine.pipeline == Pipeline.load(tuning.path)

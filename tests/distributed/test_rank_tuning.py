@@ -22,7 +22,7 @@ from nanoflow.core.hardware import MachineRates
 from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.device.cpu import CpuDevice
 from nanoflow.distributed.group import open_groups
-from nanoflow.engine import profiling, tuned
+from nanoflow.engine import fusing, profiling, tuned
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.searching import TuneLimits
 from nanoflow.engine.team import Team
@@ -71,6 +71,8 @@ def _private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(profiling, "QUICK_SOLO_SECONDS", 0.001)
         patch.setattr(profiling, "QUICK_PAIR_SECONDS", 0.002)
         patch.setattr(profiler, "RETRIES", 0)
+        patch.setattr(fusing, "MARGIN", 1e9)
+        patch.setattr("nanoflow.engine.tune.TRIAL_TIME", 1e9)
         patch.setattr("nanoflow.engine.build.measure_rates", lambda *_: known)
         yield
 
@@ -103,14 +105,22 @@ def test_the_profile_holds_every_collective_and_what_runs_beside_it(tuning: Tuni
 
 def test_tuning_compares_the_kinds_of_overlap_and_keeps_one_for_two_ranks(tuning: Tuning, folder: Path) -> None:
     names = [one["name"] for one in tuning.report["candidates"]]
-    assert {"sequential", "nano-batches", "network-overlap-0.05"} <= set(names)
+    assert {"sequential", "nano-batches", "network-overlap-0.05", "sequential-two_shot_norm"} <= set(names)
+    forms = {one["name"]: one for one in tuning.report["candidates"] if "form_of" in one}
+    assert len(forms) == 2, "of the sequential pipeline, and of one that overlaps the network"
+    assert forms["sequential-two_shot_norm"]["form_of"] == "sequential"
+    by_name = {one["name"]: one for one in tuning.report["candidates"]}
+    for form in forms.values():
+        assert form["collectives"] == ["two_shot_norm"]
+        saved = by_name[form["form_of"]]["measured_layer_us"] - form["measured_layer_us"]
+        assert form["saved_layer_us"] == pytest.approx(saved)
     assert all(one["measured_layer_us"] > 0 < one["predicted_layer_us"] for one in tuning.report["candidates"])
     assert "-r2-" in tuning.path.name
     contenders = [one for one, _ in tuned.verified(tuning_key(open_workbench(config(folder), WORKLOAD)))]
     assert {one.name for one in contenders} == set(names)
     for one in contenders:
         chosen = {nano.variant for nano in one.nano_ops if RESOURCE[nano.op] is Resource.NETWORK}
-        assert chosen == {"library"}, "by the profile"
+        assert chosen == ({"two_shot_norm"} if one.name.endswith("-two_shot_norm") else {"library"}), "by the profile"
         assert one.meta["ranks"] == 2
         assert one.meta["measured"]["period_us"] > 0
     overlapping = next(one for one in contenders if one.name == "network-overlap-0.05")

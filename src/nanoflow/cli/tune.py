@@ -66,15 +66,19 @@ def print_report(tuning: Tuning) -> None:
     ranks = f", {report['ranks']} ranks" if report["ranks"] > 1 else ""
     ranks += ", expert parallel" if report["expert_parallel"] else ""
     print(f"{report['model']}, {report['dtype']}, {report['kernels']} kernels{ranks}; {mix['workload']}: {batch}")
-    head = f"{'PIPELINE':<40}{'predicted':>11}{'measured':>11}{'error':>8}{'iteration':>12}{'spread':>8}"
+    width = max(40, *(len(one["name"]) + 2 for one in report["candidates"]))
+    head = f"{'PIPELINE':<{width}}{'predicted':>11}{'measured':>11}{'error':>8}{'iteration':>12}{'spread':>8}"
     print(f"{head}   time / sequential (interval)")
     for one in report["candidates"]:
         low, high = one["ratio_interval"]
         print(
-            f"{one['name']:<40}{one['predicted_layer_us']:>8.0f} µs{one['measured_layer_us']:>8.0f} µs"
+            f"{one['name']:<{width}}{one['predicted_layer_us']:>8.0f} µs{one['measured_layer_us']:>8.0f} µs"
             f"{one['prediction_error']:>+8.1%}{one['measured_iteration_us'] / 1e3:>9.1f} ms{one['spread']:>8.1%}"
             f"   {one['ratio_to_sequential']:.3f} ({low:.3f} to {high:.3f})"
         )
+    for one in report["candidates"]:
+        if "form_of" in one:
+            print(f"{one['name']}: {one['saved_layer_us']:+.1f} µs a layer saved over {one['form_of']}")
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     print(f"winner after {report['rounds']} rounds: {report['winner']} ({seconds})")
     print(f"kept in {tuning.path}; --pipeline auto uses it from now on")

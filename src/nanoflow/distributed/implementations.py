@@ -57,6 +57,16 @@ def open_collectives(
     return _plain(groups, device, wanted)
 
 
+def norming_on(device: torch.device, default: Collectives) -> tuple[str, ...]:
+    """Those of `NORMING` to compare where `default` is what unnamed operations take; that for long messages first.
+
+    None between GPUs without symmetric memory. On a CPU all names stand for the same, so one will do.
+    """
+    if device.type == "cuda":
+        return NORMING[::-1] if default.name in SYMMETRIC else ()
+    return NORMING[-1:]
+
+
 def _by_default(groups: Groups, device: torch.device, wanted: Collection[str]) -> tuple[LaneCollectives, Allocate]:
     from nanoflow.distributed.symmetric import open_symmetric
 

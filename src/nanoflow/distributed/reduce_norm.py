@@ -20,6 +20,11 @@ ONE_SHOT_BYTES = 8 << 20
 """With two ranks; with more, one-shot sends more, so that it pays for smaller messages only."""
 
 
+def one_shot_limit(ranks: int, one_shot_bytes: int = ONE_SHOT_BYTES) -> int:
+    """The longest message in bytes that goes in one shot between `ranks`, where `one_shot_bytes` do between two."""
+    return one_shot_bytes // (ranks - 1) // 256 * 256
+
+
 class SharedMemory(Protocol):
     """Buffers that every rank of a group maps."""
 
@@ -44,7 +49,7 @@ class ReduceNorm:
     ) -> None:
         self._group = group
         self._memory = memory
-        self.one_shot_bytes = one_shot_bytes // (group.size - 1) // 256 * 256
+        self.one_shot_bytes = one_shot_limit(group.size, one_shot_bytes)
         flags = [memory.empty((blocks, group.size), torch.int64, [group]).zero_() for _ in range(2)]
         scratch = memory.empty((2, group.size, max(256, self.one_shot_bytes)), torch.uint8, [group])
         self._device = flags[0].device

@@ -16,6 +16,7 @@ import torch
 from nanoflow.core.batch import BatchPlan
 from nanoflow.device.base import Device
 from nanoflow.distributed.collectives import Allocate, LaneCollectives
+from nanoflow.distributed.implementations import norming_on
 from nanoflow.engine.placing import Rank
 from nanoflow.engine.ranks import GroupLauncher, RankGroup
 from nanoflow.engine.sampler import LogitsSampler
@@ -36,8 +37,9 @@ EMBED, HEAD = "embed", "head"
 class Stage:
     """`run` gives the measured timeline of one iteration of a pipeline. Close it to stop the lanes.
 
-    `decoder_of` gives the decoder that a pipeline runs on (ranks: with the collectives that it names). `group` is set
-    on rank 0 where there are others.
+    `decoder_of` gives the decoder that a pipeline runs on (ranks: with the collectives that it names). `norming` are
+    the kinds of all-reduce with the norm that follows which this device has. `group` is set on rank 0 where there are
+    others.
     """
 
     decoder: Decoder
@@ -46,6 +48,7 @@ class Stage:
     open_device: Callable[[], Device]
     page_tokens: int
     decoder_of: Callable[[Pipeline], Decoder] | None = None
+    norming: tuple[str, ...] = ()
     group: RankGroup | None = None
     _executors: dict[str, Any] = field(default_factory=dict)
 
@@ -119,8 +122,9 @@ def open_stage(
     def decoder_of(pipeline: Pipeline) -> Decoder:
         return sharded(*rank.collectives_for(pipeline))
 
-    plain = sharded(*rank.collectives([HEAD_LANE], [""]))
-    return kind(plain, plan, bench.dtype, open_device, page, decoder_of)
+    collectives, allocate = rank.collectives([HEAD_LANE], [""])
+    norming = norming_on(rank.device, collectives.at(HEAD_LANE))
+    return kind(sharded(collectives, allocate), plan, bench.dtype, open_device, page, decoder_of, norming)
 
 
 def iteration_time(spans: list[Span], n_layers: int) -> IterationTime:

@@ -20,6 +20,7 @@ from nanoflow.core.log import get_logger
 from nanoflow.core.ops import RESOURCE, Resource
 from nanoflow.engine import tuned
 from nanoflow.engine.contenders import find_contenders
+from nanoflow.engine.fusing import TRIAL_TIME, fused_forms, promising_forms
 from nanoflow.engine.profiling import make_settings, run_profile
 from nanoflow.engine.searching import DEFAULT_LIMITS, OnPhase, TuneLimits
 from nanoflow.engine.stage import Stage
@@ -75,7 +76,8 @@ def tune(
         lap("search")
         team.drop()
         stage = team.stage()
-        verdict = _verify(stage, contenders, limits, on_phase)
+        verdict = _verify(bench, stage, contenders, limits, on_phase)
+        contenders = [one.contender for one in verdict.measured]
         lap("verify")
         report = _report(bench, key, verdict, seconds)
         _keep(key, contenders, verdict, report)  # whatever comes of the traces
@@ -131,16 +133,22 @@ def check_profile(table: ProfileTable, key: TuningKey) -> ProfileTable:
     return replace(table, solo=(*solo, *wires))
 
 
-def _verify(stage: Stage, contenders: Sequence[Contender], limits: TuneLimits, on_phase: OnPhase | None) -> Verdict:
+def _verify(
+    bench: Workbench, stage: Stage, contenders: Sequence[Contender], limits: TuneLimits, on_phase: OnPhase | None
+) -> Verdict:
+    """The verdict over `contenders`, and over those of their forms that are promising (`engine/fusing.py`)."""
     if on_phase is not None:
         on_phase.phase("verifying")
+    on_step = None if on_phase is None else on_phase.tasks
     deadline = time.monotonic() + limits.verify_seconds
+    forms = fused_forms(contenders, stage.norming, bench.ranks, bench.spec.d_model * bench.dtype.itemsize)
+    promising = promising_forms(contenders, forms, stage.measure, TRIAL_TIME * limits.verify_seconds, on_step)
     return verify(
-        contenders,
+        [*contenders, *promising],
         stage.measure,
         rounds=limits.rounds,
         seed=limits.seed,
-        on_round=None if on_phase is None else on_phase.tasks,
+        on_round=on_step,
         out_of_time=lambda: time.monotonic() > deadline,
     )
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanoflow.core.errors import ConfigError
+from nanoflow.core.ops import RESOURCE, Resource
 from nanoflow.pipeline.pipeline import Pipeline
 
 SEQUENTIAL = "sequential"
@@ -28,14 +29,23 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Contender:
-    """A pipeline with its predicted time a layer in µs, over all layers of the model."""
+    """A pipeline with its predicted time a layer in µs, over all layers of the model.
+
+    One that is another contender with other implementations alone says which one (`form_of`).
+    """
 
     pipeline: Pipeline
     predicted_us: float
+    form_of: str = ""
 
     @property
     def name(self) -> str:
         return self.pipeline.name
+
+    @property
+    def collectives(self) -> list[str]:
+        """The implementations of network operations that it names."""
+        return sorted({n.variant for n in self.pipeline.nano_ops if n.variant and RESOURCE[n.op] is Resource.NETWORK})
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class Measured:
             "name": self.contender.name,
             "nano_ops": len(self.contender.pipeline.nano_ops),
             "lanes": {lane.name: lane.share for lane in self.contender.pipeline.lanes},
+            "collectives": self.contender.collectives,
             "predicted_layer_us": self.contender.predicted_us,
             "measured_layer_us": self.layer_us,
             "prediction_error": self.prediction_error,
@@ -111,12 +122,17 @@ class Verdict:
         return self.measured[self.winner].contender.pipeline
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON. Forms of other contenders have what they save over these, in µs a layer."""
+        layer_us = {one.contender.name: one.layer_us for one in self.measured}
+        candidates = [one.to_dict() for one in self.measured]
+        for one, told in zip(self.measured, candidates, strict=True):
+            if base := one.contender.form_of:
+                told |= {"form_of": base, "saved_layer_us": layer_us[base] - one.layer_us}
         return {
             "winner": self.pipeline.name,
             "rounds": self.rounds,
             "confidence": CONFIDENCE,
-            "candidates": [one.to_dict() for one in self.measured],
+            "candidates": candidates,
         }
 
 
