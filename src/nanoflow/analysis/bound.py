@@ -84,8 +84,8 @@ def floors(flops: float, mem_bytes: float, rates: MachineRates, *, wire_bytes: f
 
 
 def floors_of_run(work: WorkDone, rates: MachineRates, devices: int = 1) -> Floors:
-    """Floors of what an engine has computed: the summed work over the rates."""
-    return floors(work.flops, work.mem_bytes, rates, devices=devices)
+    """Floors of what an engine of `devices` has computed: the summed work over their rates together."""
+    return floors(work.flops, work.mem_bytes, rates, wire_bytes=work.wire_bytes, devices=devices)
 
 
 def energy_j(flops: float, mem_bytes: float, rates: MachineRates) -> float | None:

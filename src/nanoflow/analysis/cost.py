@@ -92,8 +92,23 @@ def iteration_costs(
     costs |= _feed_forward(spec, batch.n_tokens, size)
     costs |= _ends(spec, batch, size)
     if ranks > 1:
-        joins = _collectives(spec, batch.n_tokens, size, ranks, collectives)
+        joins = join_costs(spec, batch.n_tokens, size, ranks, collectives)
         costs |= {op: cost.times(spec.n_layers) for op, cost in joins.items()}
+    return costs
+
+
+def nano_op_costs(spec: ModelSpec, batch: BatchShape, dtype: str, ranks: int = 1) -> dict[Op, OpCost]:
+    """The same by the operations that pipelines name: each gather and each all-reduce of a layer for itself.
+
+    Both ways to join are in it, so the costs do not add up to those of an iteration.
+    """
+    costs = iteration_costs(spec, batch, dtype, ranks)
+    if ranks == 1:
+        return costs
+    size, n = element_bytes(dtype), batch.n_tokens
+    costs |= {Op.O_COLUMN: costs[Op.O], Op.O_REDUCE: costs[Op.ALL_REDUCE], Op.FFN_REDUCE: costs[Op.ALL_REDUCE]}
+    widths = {Op.ATTENTION_GATHER: spec.d_q, Op.O_GATHER: spec.d_model}
+    costs |= {op: _gather(n, width, size, ranks).times(spec.n_layers) for op, width in widths.items()}
     return costs
 
 
@@ -183,12 +198,21 @@ def _ends(spec: ModelSpec, batch: BatchShape, size: int) -> dict[Op, OpCost]:
     }
 
 
-def _collectives(spec: ModelSpec, n_tokens: int, size: int, ranks: int, form: Collectives) -> dict[Op, OpCost]:
-    """Wire bytes over all ranks of one layer; the same bytes pass through memory. A sum costs one FLOP."""
-    others = ranks - 1
-    one_way = float(n_tokens * spec.d_model * size * others)
-    reduce = OpCost(flops=float(n_tokens * spec.d_model * others), activation_bytes=2 * one_way, wire_bytes=2 * one_way)
+def join_costs(spec: ModelSpec, n_tokens: int, size: int, ranks: int, form: Collectives) -> dict[Op, OpCost]:
+    """What joins the partial results of one layer, over all ranks, with elements of `size` bytes."""
+    reduce = _reduce(n_tokens, spec.d_model, size, ranks)
     if form is Collectives.O_REDUCE:
         return {Op.ALL_REDUCE: reduce.times(2)}
-    gathered = float(n_tokens * (spec.d_q + spec.d_model) * size * others)
-    return {Op.ALL_GATHER: OpCost(activation_bytes=gathered, wire_bytes=gathered), Op.ALL_REDUCE: reduce}
+    return {Op.ALL_GATHER: _gather(n_tokens, spec.d_q + spec.d_model, size, ranks), Op.ALL_REDUCE: reduce}
+
+
+def _reduce(n_tokens: int, width: int, size: int, ranks: int) -> OpCost:
+    """An all-reduce: wire bytes over all ranks; the same bytes pass through memory. A sum costs one FLOP."""
+    sums = float(n_tokens * width * (ranks - 1))
+    return OpCost(flops=sums, activation_bytes=2 * sums * size, wire_bytes=2 * sums * size)
+
+
+def _gather(n_tokens: int, width: int, size: int, ranks: int) -> OpCost:
+    """An all-gather of rows that are `width` wide once gathered."""
+    gathered = float(n_tokens * width * size * (ranks - 1))
+    return OpCost(activation_bytes=gathered, wire_bytes=gathered)

@@ -18,7 +18,10 @@ UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did in `elapsed_s` seconds, against the floors of the same work at `rates`."""
+    """What a run did in `elapsed_s` seconds, against the floors of the same work.
+
+    Work and tokens are of all `devices`, `rates` are one's.
+    """
 
     elapsed_s: float
     work: WorkDone
@@ -43,6 +46,15 @@ class RunReport:
         return self.work.output_tokens / self.elapsed_s
 
     @property
+    def tokens_per_s_per_device(self) -> float:
+        return self.tokens_per_s / self.devices
+
+    @property
+    def percent_of_floor(self) -> dict[str, float]:
+        """How much of each known floor was reached, 100 being the floor itself."""
+        return {str(limit): 100.0 * seconds / self.elapsed_s for limit, seconds in self.floors.by_limit.items()}
+
+    @property
     def percent_of_bound(self) -> float:
         return self.floors.percent_of_bound(self.elapsed_s)
 
@@ -51,10 +63,11 @@ class RunReport:
         how = "measured" if self.rates.measured else "published"
         if self.percent_of_bound > 100.0:
             how += ", too low: measure again on an idle machine"
+        each = f", {self.tokens_per_s_per_device:.1f} a device" if self.devices > 1 else ""
         return (
-            f"{self.tokens_per_s:.1f} tokens/s (in + out), {self.output_tokens_per_s:.1f} output tokens/s; "
+            f"{self.tokens_per_s:.1f} tokens/s (in + out){each}, {self.output_tokens_per_s:.1f} output tokens/s; "
             f"{self.percent_of_bound:.0f} % of the {self.floors.limit} bound "
-            f"(GEMM {si(self.rates.flops_per_s, 'FLOP/s')}, memory {si(self.rates.mem_bytes_per_s, 'B/s')} {how})"
+            f"({rates_text(self.rates, self.devices)} {how})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,15 +80,27 @@ class RunReport:
             "recomputed_tokens": self.work.recomputed_tokens,
             "tokens_per_s": self.tokens_per_s,
             "output_tokens_per_s": self.output_tokens_per_s,
+            "tokens_per_s_per_device": self.tokens_per_s_per_device,
             "flops": self.work.flops,
             "mem_bytes": self.work.mem_bytes,
+            "wire_bytes": self.work.wire_bytes,
             "floors_s": {str(limit): seconds for limit, seconds in self.floors.by_limit.items()},
             "bound": str(self.floors.limit),
             "bound_s": self.floors.bound_s,
+            "percent_of_floor": self.percent_of_floor,
             "percent_of_bound": self.percent_of_bound,
             "devices": self.devices,
             "rates": self.rates.to_dict(),
         }
+
+
+def rates_text(rates: MachineRates, devices: int = 1) -> str:
+    """What floors divide by, for people, and of how many devices each figure is one's: `2 devices of: GEMM …`."""
+    several = f"{devices} devices of: " if devices > 1 else ""
+    link = ""
+    if devices > 1 and rates.link_bytes_per_s is not None:
+        link = f", link {si(rates.link_bytes_per_s, 'B/s')} published"
+    return f"{several}GEMM {si(rates.flops_per_s, 'FLOP/s')}, memory {si(rates.mem_bytes_per_s, 'B/s')}{link}"
 
 
 def si(value: float, unit: str) -> str:

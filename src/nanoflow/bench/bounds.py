@@ -1,13 +1,14 @@
 """What a run could have reached at best: its own work, and its workload's steady state, over this machine's rates.
 
-Rates are measured (`engine.build.Engine.rates`). Two bounds are given, since each answers a question that the other
-cannot: the first judges the kernels and the loop for the batches that there were, the second also judges how well the
-batches were filled.
+Rates are measured, and those of one device (`engine.build.Engine.rates`). Two bounds are given, since each answers a
+question that the other cannot: the first judges the kernels and the loop for the batches that there were, the second
+also judges how well the batches were filled.
 """
 
 from __future__ import annotations
 
 from nanoflow.analysis.bound import Floors, floors_of_run
+from nanoflow.analysis.cost import kv_copies
 from nanoflow.analysis.lengths import Lengths
 from nanoflow.analysis.serving import Group, analyse
 from nanoflow.bench.result import Bound
@@ -33,30 +34,33 @@ def bounds_of_run(
 
     `n_tokens` are those that the run's throughput counts: prompts, found in a cache or computed, and outputs.
     """
-    found = [bound_of_work(rates, elapsed_s, work, n_tokens)]
+    found = [bound_of_work(rates, engine.devices, elapsed_s, work, n_tokens)]
     steady = _steady_floors(engine, rates, work.prompt_tokens + work.output_tokens, prompts, outputs)
     if steady is not None:
-        found.append(_bound(STEADY, steady, elapsed_s, n_tokens, rates))
+        found.append(_bound(STEADY, steady, elapsed_s, n_tokens, rates, engine.devices))
     return tuple(found)
 
 
-def bound_of_work(rates: MachineRates, elapsed_s: float, work: WorkDone, n_tokens: int) -> Bound:
+def bound_of_work(rates: MachineRates, devices: int, elapsed_s: float, work: WorkDone, n_tokens: int) -> Bound:
     """The bound of the work that was done, computing tokens that were found in a cache not being among it.
 
-    `n_tokens` are those that the run's throughput counts.
+    `n_tokens` are those that the run's throughput counts, `rates` those of one of the `devices`.
     """
-    return _bound(DONE, floors_of_run(work, rates), elapsed_s, n_tokens, rates)
+    return _bound(DONE, floors_of_run(work, rates, devices), elapsed_s, n_tokens, rates, devices)
 
 
 def _steady_floors(
     engine: Engine, rates: MachineRates, n_tokens: int, prompts: Lengths, outputs: Lengths
 ) -> Floors | None:
     """Floors in seconds of `n_tokens` at the workload's steady mix, with the KV memory that the engine has."""
-    config, spec = engine.config, engine.spec
+    config, spec, devices = engine.config, engine.spec, engine.devices
     dtype = config.model.dtype
-    memory = spec.n_params * DTYPE_BYTES[dtype] + float(config.cache.kv_memory_bytes or 0)
+    kv_tokens = engine.core.stats().kv_pages_total * config.cache.page_tokens
+    kv_bytes = kv_tokens * spec.kv_bytes_per_token(dtype) * kv_copies(spec, devices)
+    memory = spec.n_params * DTYPE_BYTES[dtype] + kv_bytes
     try:
-        found = analyse(spec, Group(rates, memory), dtype, engine.pipeline.dense_batch, prompts, outputs)
+        group = Group(rates, memory / devices, devices)
+        found = analyse(spec, group, dtype, engine.pipeline.dense_batch, prompts, outputs)
     except ConfigError:
         return None
     scale = n_tokens / found.batch.n_tokens
@@ -69,7 +73,7 @@ def _steady_floors(
     )
 
 
-def _bound(name: str, floors: Floors, elapsed_s: float, n_tokens: int, rates: MachineRates) -> Bound:
+def _bound(name: str, floors: Floors, elapsed_s: float, n_tokens: int, rates: MachineRates, devices: int) -> Bound:
     seconds = {str(limit): value for limit, value in floors.by_limit.items()}
     return Bound(
         name=f"{name}, {'measured' if rates.measured else 'published'} rates",
@@ -80,4 +84,5 @@ def _bound(name: str, floors: Floors, elapsed_s: float, n_tokens: int, rates: Ma
         percent_of_floor={limit: 100.0 * value / elapsed_s for limit, value in seconds.items()},
         tokens_per_s=n_tokens / floors.bound_s,
         rates=rates,
+        devices=devices,
     )

@@ -56,6 +56,7 @@ def machine_info(engine: Engine, rates: MachineRates | None) -> MachineInfo:
     return MachineInfo(
         name=device.name,
         device=device.kind,
+        devices=engine.devices,
         memory_bytes=_memory_bytes(device.kind),
         rates=rates,
         fingerprint=machine_fingerprint(device, engine.config.device.tensor_parallel_size),

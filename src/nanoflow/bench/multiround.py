@@ -11,7 +11,7 @@ from nanoflow.bench import environment
 from nanoflow.bench.bounds import bound_of_work
 from nanoflow.bench.conversations import ConversationSet, choose_conversations
 from nanoflow.bench.engines import built
-from nanoflow.bench.numbers import energy_of, latency_numbers, over_runs
+from nanoflow.bench.numbers import energy_of, latency_numbers, over_runs, token_rates
 from nanoflow.bench.result import BenchKind, BenchResult, MachineInfo, ModelInfo, Run, Series
 from nanoflow.bench.rounds import Conversing, RoundsRecord
 from nanoflow.bench.session import OnProgress
@@ -75,7 +75,8 @@ def run_multiround(
             rates = engine.rates
             found = found or _find(engine, rates, name, trace, options)
             talk = Conversing(engine, found.talks, seed=seed, concurrent=options.concurrent, think_s=options.think_s)
-            return _run(rates, talk.run(_telling(variant, on_progress)), found.talks, seed), found
+            rounds = talk.run(_telling(variant, on_progress))
+            return _run(rates, engine.devices, rounds, found.talks, seed), found
 
     for number in range(options.runs):
         for variant, kept in runs.items():
@@ -134,7 +135,7 @@ def _find(
     )
 
 
-def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed: int) -> Run:
+def _run(rates: MachineRates, devices: int, rounds: RoundsRecord, talks: ConversationSet, seed: int) -> Run:
     record, columns = rounds.record, rounds.columns()
     work, elapsed = record.work, record.elapsed_s
     hits = sum(int(value or 0) for value in columns["cached_tokens"])
@@ -146,8 +147,7 @@ def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed
         "prefill_tokens_computed": float(work.prompt_tokens),
         "hit_tokens": float(hits),
         "output_tokens": float(work.output_tokens),
-        "tokens_per_s": n_tokens / elapsed,
-        "output_tokens_per_s": work.output_tokens / elapsed,
+        **token_rates(elapsed, n_tokens, work.output_tokens, devices),
         "recomputed_tokens": float(work.recomputed_tokens),
         "preemptions": float(record.preemptions),
     }
@@ -156,7 +156,7 @@ def _run(rates: MachineRates, rounds: RoundsRecord, talks: ConversationSet, seed
         seed=seed,
         elapsed_s=elapsed,
         numbers=numbers,
-        bounds=(bound_of_work(rates, elapsed, work, n_tokens),),
+        bounds=(bound_of_work(rates, devices, elapsed, work, n_tokens),),
         energy=energy_of(record.energy_j, elapsed, n_tokens, work.output_tokens),
         requests=columns,
     )

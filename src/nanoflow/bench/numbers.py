@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from nanoflow.bench.result import Column, Energy, Run, Series
+from nanoflow.bench.result import Bound, Column, Energy, Run, Series
 
 RATIO = "ratio_to_first"
+PER_DEVICE = "tokens_per_s_per_device"
 PERCENTILES = (50, 90, 99)
 Floats = npt.NDArray[np.float64]
 
@@ -34,15 +35,24 @@ def latency_numbers(requests: Mapping[str, Column]) -> dict[str, float]:
     return numbers | spread_of("latency", finished - arrival)
 
 
-def throughput_numbers(elapsed_s: float, n_requests: int, prompt_tokens: int, output_tokens: int) -> dict[str, float]:
+def throughput_numbers(
+    elapsed_s: float, n_requests: int, prompt_tokens: int, output_tokens: int, devices: int = 1
+) -> dict[str, float]:
     """Tokens and requests a second over the whole run."""
     return {
-        "tokens_per_s": (prompt_tokens + output_tokens) / elapsed_s,
-        "output_tokens_per_s": output_tokens / elapsed_s,
+        **token_rates(elapsed_s, prompt_tokens + output_tokens, output_tokens, devices),
         "requests_per_s": n_requests / elapsed_s,
         "prompt_tokens": float(prompt_tokens),
         "output_tokens": float(output_tokens),
     }
+
+
+def token_rates(elapsed_s: float, n_tokens: int, n_output: int, devices: int = 1) -> dict[str, float]:
+    """Tokens a second, all of them and outputs alone; where there are several devices, also those of one."""
+    rates = {"tokens_per_s": n_tokens / elapsed_s, "output_tokens_per_s": n_output / elapsed_s}
+    if devices == 1:
+        return rates
+    return rates | {PER_DEVICE: n_tokens / elapsed_s / devices, "devices": float(devices)}
 
 
 def energy_of(energy_j: float | None, elapsed_s: float, n_tokens: int, n_output: int) -> Energy | None:
@@ -73,6 +83,24 @@ def ratio_to(first: Sequence[Run], runs: Sequence[Run]) -> dict[str, float]:
     )
     deviation = {f"{RATIO}_deviation": float(ratios.std(ddof=1))} if len(ratios) > 1 else {}
     return {RATIO: float(ratios.mean())} | deviation
+
+
+def percent_of_floors(bounds: Sequence[Bound]) -> dict[str, float]:
+    """How much of each floor was reached, mean over the same bound of several runs."""
+    return {name: float(np.mean([bound.percent_of_floor[name] for bound in bounds])) for name in _shared_floors(bounds)}
+
+
+def mean_energy(runs: Sequence[Run]) -> Energy | None:
+    """Means over the runs that have their energy; None if none has."""
+    known = [run.energy for run in runs if run.energy is not None]
+    if not known:
+        return None
+    columns = zip(*((e.energy_j, e.mean_power_w, e.mj_per_token, e.mj_per_output_token) for e in known), strict=True)
+    return Energy(*(float(np.mean(column)) for column in columns))
+
+
+def _shared_floors(bounds: Sequence[Bound]) -> list[str]:
+    return [name for name in bounds[0].percent_of_floor if all(name in bound.percent_of_floor for bound in bounds)]
 
 
 def headline(series: Series, name: str) -> str:

@@ -15,7 +15,7 @@ from nanoflow.bench import environment
 from nanoflow.bench.bounds import bounds_of_run
 from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import energy_of, over_runs, throughput_numbers
-from nanoflow.bench.optimes import trace_plans, tracing
+from nanoflow.bench.optimes import Machine, trace_plans, tracing
 from nanoflow.bench.result import BenchKind, BenchResult, Column, IterationTrace, Run, Series, rounded
 from nanoflow.bench.session import OnNote, OnProgress, Record, check_fits, make_sequences, run_sequences
 from nanoflow.bench.workloads import RequestSet
@@ -141,7 +141,7 @@ def run_of(engine: Engine, rates: MachineRates, requests: RequestSet, record: Re
     dense = engine.pipeline.dense_batch
     n_prompt = int(requests.prompt_tokens.sum())
     n_tokens = n_prompt + work.output_tokens
-    numbers = throughput_numbers(elapsed, len(requests), n_prompt, work.output_tokens) | {
+    numbers = throughput_numbers(elapsed, len(requests), n_prompt, work.output_tokens, engine.devices) | {
         "prefill_tokens_computed": float(work.prompt_tokens),
         "iterations": float(work.iterations),
         "iteration_mean_ms": 1e3 * elapsed / work.iterations,
@@ -188,7 +188,8 @@ def traced(
     if executor is None:
         return None, ("operations were not traced: this engine's launcher cannot",)
     try:
-        return trace_plans(executor, plans, engine.spec, engine.config.model.dtype, rates), ()
+        machine = Machine(rates, engine.devices, engine.config.device.tensor_parallel_size)
+        return trace_plans(executor, plans, engine.spec, engine.config.model.dtype, machine), ()
     except Exception as error:
         _log.warning("operations were not traced", exc_info=True)
         return None, (f"operations were not traced: {type(error).__name__}: {error}",)

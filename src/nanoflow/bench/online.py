@@ -14,6 +14,7 @@ import numpy as np
 
 from nanoflow.bench.arrivals import AT_ONCE, POISSON, Arrivals
 from nanoflow.bench.load import OK, LoadRecord, OnProgress, Target, client_numbers, prepare_all, run_load
+from nanoflow.bench.metered import Metered
 from nanoflow.bench.numbers import latency_numbers, throughput_numbers
 from nanoflow.bench.result import Run, Series
 from nanoflow.bench.workloads import NO_LIMITS, Limits, RequestSet, make_requests
@@ -65,15 +66,21 @@ class OnlineOptions:
 
 
 class Sweep:
-    """Measures rates one after the other and keeps what it found."""
+    """Measures rates one after the other and keeps what it found; of an engine that is `metered`, bounds and energy."""
 
     def __init__(
-        self, target: Target, options: OnlineOptions, vocab_size: int, on_progress: OnProgress | None = None
+        self,
+        target: Target,
+        options: OnlineOptions,
+        vocab_size: int,
+        on_progress: OnProgress | None = None,
+        metered: Metered | None = None,
     ) -> None:
         self._target = target
         self._options = options
         self._vocab_size = vocab_size
         self._on_progress = on_progress
+        self._metered = metered
         self.series: list[Series] = []
         self.last_requests: RequestSet | None = None
 
@@ -99,11 +106,13 @@ class Sweep:
         requests = self.last_requests = self._options.requests(rate_rps, number)
         seed = self._options.seed + number
         prepared = prepare_all(self._target, requests, self._vocab_size, seed)
+        read = None if self._metered is None else self._metered.start()
         record = await run_load(
             self._target, requests, prepared, drain_s=self._options.drain_s, on_progress=self._telling(rate_rps)
         )
-        numbers = run_numbers(record, self._options.limit_s)
-        run = Run(seed, record.elapsed_s, numbers, requests=record.columns())
+        bounds, energy = ((), None) if read is None else read(record)
+        numbers = run_numbers(record, self._options.limit_s, 1 if self._metered is None else self._metered.devices)
+        run = Run(seed, record.elapsed_s, numbers, bounds, energy, requests=record.columns())
         self.series.append(Series(f"{rate_rps:g} requests/s", (run,), numbers, rate_rps=rate_rps))
         await asyncio.sleep(PAUSE_S)
         return bool(numbers["sustained"])
@@ -133,7 +142,7 @@ async def highest_sustained(probe: Probe, known: dict[float, bool], resolution: 
         low, high = (rate, high) if known[rate] else (low, rate)
 
 
-def run_numbers(record: LoadRecord, limit_s: float) -> dict[str, float]:
+def run_numbers(record: LoadRecord, limit_s: float, devices: int = 1) -> dict[str, float]:
     """Summary of one rate; `docs/benchmarks.md` defines each number."""
     columns, n = record.columns(), len(record.sent)
     ok = [one for one in record.sent if one.status == OK]
@@ -143,7 +152,7 @@ def run_numbers(record: LoadRecord, limit_s: float) -> dict[str, float]:
     within = sum(value <= limit_s for value in normalised.values())
     second_half = [normalised[id(one)] for one in record.sent[n // 2 :] if id(one) in normalised]
     sustained = len(ok) == n and float(np.mean(second_half)) <= limit_s
-    numbers = throughput_numbers(record.elapsed_s, len(ok), record.prompt_tokens, record.output_tokens)
+    numbers = throughput_numbers(record.elapsed_s, len(ok), record.prompt_tokens, record.output_tokens, devices)
     numbers |= {"offered_rps": offered_rps, "requests": float(n), "failed_requests": float(n - len(ok))}
     numbers |= latency_numbers(columns)
     numbers |= {

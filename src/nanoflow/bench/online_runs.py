@@ -9,6 +9,7 @@ from nanoflow.bench import environment
 from nanoflow.bench.endpoint import Endpoint
 from nanoflow.bench.inprocess import InProcess
 from nanoflow.bench.load import OK, OnProgress, client_numbers, prepare_all, run_load
+from nanoflow.bench.metered import Metered
 from nanoflow.bench.numbers import over_runs, throughput_numbers
 from nanoflow.bench.offline import WARM_UP_SEED, OfflineOptions, seeds_of
 from nanoflow.bench.online import OnlineOptions, Sweep
@@ -32,17 +33,17 @@ def online_in_process(
     llm = AsyncLLM.from_config(config, show_progress=show_progress)
     engine = llm.engine
     try:
-        sweep = Sweep(InProcess(llm), options, engine.spec.vocab_size, on_progress)
+        metered = Metered(engine, engine.rates)
+        sweep = Sweep(InProcess(llm), options, engine.spec.vocab_size, on_progress, metered)
 
         async def measure() -> tuple[ClientOverhead, float | None]:
             return await measure_overhead(over_http=False), await sweep.run()
 
         overhead, highest = asyncio.run(measure())
-        rates = engine.rates
         result = _result(sweep, options, highest, overhead, environment.model_info(engine), started_at, command)
         return replace(
             result,
-            machine=environment.machine_info(engine, rates),
+            machine=environment.machine_info(engine, metered.rates),
             engine=environment.engine_options(engine.config),
         )
     finally:

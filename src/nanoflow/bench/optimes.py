@@ -15,7 +15,7 @@ import numpy as np
 
 from nanoflow.analysis.batch_shape import batch_shape_of
 from nanoflow.analysis.bound import floors
-from nanoflow.analysis.cost import iteration_costs
+from nanoflow.analysis.cost import OpCost, nano_op_costs
 from nanoflow.bench.result import IterationTrace, OpTime, SpanInfo
 from nanoflow.core.batch import BatchPlan
 from nanoflow.core.hardware import MachineRates
@@ -43,6 +43,15 @@ def tracing(launcher: Launcher) -> TracingLauncher | None:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What floors are computed for: `devices` with the rates of one of them, and the ranks that share the model."""
+
+    rates: MachineRates
+    devices: int = 1
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
 class Traced:
     """One traced iteration."""
 
@@ -55,9 +64,12 @@ class Traced:
 
 
 def trace_plans(
-    executor: TracingLauncher, plans: Sequence[BatchPlan], spec: ModelSpec, dtype: str, rates: MachineRates
+    executor: TracingLauncher, plans: Sequence[BatchPlan], spec: ModelSpec, dtype: str, machine: Machine
 ) -> IterationTrace | None:
-    """Run each plan with a tracer (the first once more, to warm up); None without plans. The engine must be idle."""
+    """Run each plan with a tracer (the first once more, to warm up); None without plans. The engine must be idle.
+
+    With ranks it is rank 0 that is traced; all do the same at the same time.
+    """
     if not plans:
         return None
     traced = [_run(executor, plan) for plan in [*plans[:WARM_UP], *plans]][min(WARM_UP, len(plans)) :]
@@ -67,12 +79,12 @@ def trace_plans(
         iteration_us=float(np.mean([one.iteration_us for one in traced])),
         batch_tokens=median.plan.n_tokens,
         decode_tokens=median.plan.n_decode,
-        ops=op_times(traced, spec, dtype, rates),
+        ops=op_times(traced, spec, dtype, machine),
         spans=tuple(SpanInfo(span.label, span.lane, span.start_us, span.end_us) for span in median.spans),
     )
 
 
-def op_times(traced: Sequence[Traced], spec: ModelSpec, dtype: str, rates: MachineRates) -> tuple[OpTime, ...]:
+def op_times(traced: Sequence[Traced], spec: ModelSpec, dtype: str, machine: Machine) -> tuple[OpTime, ...]:
     """Mean busy time of every operation an iteration, longest first, with the floor under it."""
     busy: dict[str, float] = {}
     launches: dict[str, int] = {}
@@ -82,7 +94,7 @@ def op_times(traced: Sequence[Traced], spec: ModelSpec, dtype: str, rates: Machi
             name = op_of(span.label)
             busy[name] = busy.get(name, 0.0) + span.end_us - span.start_us
             launches[name] = launches.get(name, 0) + 1
-        for name, value in _floors_us(one.plan, spec, dtype, rates, set(busy)).items():
+        for name, value in _floors_us(one.plan, spec, dtype, machine, set(busy)).items():
             floor_us[name] = floor_us.get(name, 0.0) + value
     n, wall = len(traced), sum(one.iteration_us for one in traced)
     return tuple(
@@ -102,14 +114,19 @@ def op_of(label: str) -> str:
     return label.partition("[")[0]
 
 
-def _floors_us(plan: BatchPlan, spec: ModelSpec, dtype: str, rates: MachineRates, names: set[str]) -> dict[str, float]:
-    costs = iteration_costs(spec, batch_shape_of(plan, spec.sliding_window), dtype)
+def _floors_us(plan: BatchPlan, spec: ModelSpec, dtype: str, machine: Machine, names: set[str]) -> dict[str, float]:
+    costs = nano_op_costs(spec, batch_shape_of(plan, spec.sliding_window), dtype, machine.ranks)
     found: dict[str, float] = {}
     for name in names:
         parts = [costs[op] for op in FLOOR_OPS.get(name, tuple(op for op in costs if op == name)) if op in costs]
         if parts:
-            found[name] = sum(1e6 * floors(part.flops, part.mem_bytes, rates).bound_s for part in parts)
+            found[name] = sum(1e6 * _floor_s(part, machine) for part in parts)
     return found
+
+
+def _floor_s(cost: OpCost, machine: Machine) -> float:
+    found = floors(cost.flops, cost.mem_bytes, machine.rates, wire_bytes=cost.wire_bytes, devices=machine.devices)
+    return found.bound_s
 
 
 def _run(executor: TracingLauncher, plan: BatchPlan) -> Traced:

@@ -6,15 +6,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanoflow.bench.environment import shown
-from nanoflow.bench.numbers import RATIO, headline
+from nanoflow.bench.numbers import PER_DEVICE, RATIO, headline, mean_energy
 from nanoflow.bench.result import BenchResult, Series
-from nanoflow.bench.show import lines_of
+from nanoflow.bench.show import floors_text, lines_of
 
 NONE = "–"
-HEAD = (
-    "| workload | variant | requests | tokens/s | output tokens/s | of the first | batch fill "
-    "| of the bound: work done | of the bound: steady state | power | energy a token |"
+COLUMNS = (
+    "workload",
+    "variant",
+    "requests",
+    "tokens/s",
+    "tokens/s a device",
+    "output tokens/s",
+    "of the first",
+    "batch fill",
+    "of the bound: work done",
+    "of every floor: work done",
+    "of the bound: steady state",
+    "power",
+    "energy a token",
 )
+EACH = COLUMNS.index("tokens/s a device")
+"""Left out where every result is of one device."""
 
 
 def page_of(results: Sequence[BenchResult], files: Sequence[Path | None]) -> str:
@@ -24,7 +37,8 @@ def page_of(results: Sequence[BenchResult], files: Sequence[Path | None]) -> str
 
 def _lines(results: Sequence[BenchResult], files: Sequence[Path | None]) -> Iterator[str]:
     first = results[0]
-    yield f"# {first.model.name} on {first.machine.name}: {first.kind}"
+    several = f"{first.machine.devices} x " if first.machine.devices > 1 else ""
+    yield f"# {first.model.name} on {several}{first.machine.name}: {first.kind}"
     yield ""
     yield f"{first.started_at}; {first.model.dtype}; {first.target}; " + ", ".join(
         f"{name} {version}" for name, version in first.versions.items()
@@ -33,10 +47,11 @@ def _lines(results: Sequence[BenchResult], files: Sequence[Path | None]) -> Iter
     for command in dict.fromkeys(result.command for result in results):
         yield f"    {shown(command)}"
     yield ""
-    yield HEAD
-    yield "|" + "---|" * HEAD.count(" | ") + "---|"
-    for result in results:
-        yield from (_row(result, series) for series in result.series if series.runs)
+    rows = [COLUMNS, *(_row(result, series) for result in results for series in result.series if series.runs)]
+    if all(result.machine.devices == 1 for result in results):
+        rows = [(*row[:EACH], *row[EACH + 1 :]) for row in rows]
+    rows.insert(1, ("---",) * len(rows[0]))
+    yield from (f"| {' | '.join(row)} |" for row in rows)
     yield ""
     left_out = {
         f"{series.name}: {series.not_applicable}"
@@ -54,24 +69,21 @@ def _lines(results: Sequence[BenchResult], files: Sequence[Path | None]) -> Iter
         yield from (f"    {line}" for line in lines_of(result))
 
 
-def _row(result: BenchResult, series: Series) -> str:
-    energies = [run.energy for run in series.runs if run.energy is not None]
-    power = token = NONE
-    if energies:
-        power = f"{sum(energy.mean_power_w for energy in energies) / len(energies):.0f} W"
-        token = f"{sum(energy.mj_per_token for energy in energies) / len(energies):.2f} mJ"
-    cells = [
+def _row(result: BenchResult, series: Series) -> tuple[str, ...]:
+    energy = mean_energy(series.runs)
+    done = [run.bounds[0] for run in series.runs if run.bounds]
+    return (
         result.workload.name,
         series.name,
         str(result.workload.n_requests),
-        *(_number(series, name) for name in ("tokens_per_s", "output_tokens_per_s", RATIO)),
+        *(_number(series, name) for name in ("tokens_per_s", PER_DEVICE, "output_tokens_per_s", RATIO)),
         _number(series, "batch_fill_percent", " %"),
         _percent(series, 0),
+        f"{floors_text(done)} %" if done else NONE,
         _percent(series, 1),
-        power,
-        token,
-    ]
-    return "| " + " | ".join(cells) + " |"
+        NONE if energy is None else f"{energy.mean_power_w:.0f} W",
+        NONE if energy is None else f"{energy.mj_per_token:.2f} mJ",
+    )
 
 
 def _number(series: Series, name: str, unit: str = "") -> str:

@@ -108,7 +108,7 @@ class Bound:
 
     `name` says whose work at whose rates, e.g. `work done, measured rates`. `floors_s` and `percent_of_floor` share
     their keys (`compute`, `memory`, `network`, `power`); `percent_of_bound` is that of `limit`, the highest floor.
-    `tokens_per_s` is input and output tokens a second at the bound.
+    `tokens_per_s` is input and output tokens a second at the bound, on all `devices`; `rates` are those of one.
     """
 
     name: str
@@ -119,11 +119,12 @@ class Bound:
     percent_of_floor: Mapping[str, float]
     tokens_per_s: float
     rates: MachineRates
+    devices: int = 1
 
 
 @dataclass(frozen=True)
 class Energy:
-    """What the devices took during a run, as they tell it themselves (idle power included)."""
+    """What all devices took during a run, as they tell it themselves (idle power included)."""
 
     energy_j: float
     mean_power_w: float

@@ -71,9 +71,10 @@ class IterationLog:
 
 @dataclass(frozen=True)
 class Record:
-    """One measured run of an engine. `started_s` is `time.monotonic()` at its start; energy is the device's own.
+    """One measured run of an engine. `started_s` is `time.monotonic()` at its start.
 
-    `cache_numbers` are prompt tokens found by tier, and bytes moved to and from the tiers below the device.
+    `energy_j` is of all devices, by their own counters. `cache_numbers` are prompt tokens found by tier, and bytes
+    moved to and from the tiers below the device.
     """
 
     sequences: list[EngineSequence]
@@ -92,12 +93,17 @@ class Meter:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._before = engine.core.stats()
-        self._energy_j = engine.device.energy_j()
+        self._energy_j = engine.energy_j()
         self.started_s = time.monotonic()
 
     def work(self) -> WorkDone:
         """What was computed so far."""
         return self._engine.core.stats().work - self._before.work
+
+    def energy_j(self) -> float | None:
+        """What all devices used so far; None where they do not tell."""
+        now = self._engine.energy_j()
+        return None if self._energy_j is None or now is None else now - self._energy_j
 
     def finished(self) -> int:
         """Requests that have ended so far."""
@@ -106,8 +112,7 @@ class Meter:
     def record(self, sequences: Sequence[EngineSequence], log: IterationLog) -> Record:
         """The run ends now."""
         elapsed = time.monotonic() - self.started_s
-        energy_j, before, after = self._engine.device.energy_j(), self._before, self._engine.core.stats()
-        used_j = None if self._energy_j is None or energy_j is None else energy_j - self._energy_j
+        used_j, before, after = self.energy_j(), self._before, self._engine.core.stats()
         hits = {f"hit_tokens_{tier}": n - before.kv_hit_tokens.get(tier, 0) for tier, n in after.kv_hit_tokens.items()}
         moved: dict[str, float] = {}
         for old, new in zip(before.kv_tiers, after.kv_tiers, strict=True):

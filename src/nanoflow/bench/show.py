@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from nanoflow.analysis.report import si
-from nanoflow.bench.numbers import RATIO, headline
+from nanoflow.analysis.report import rates_text
+from nanoflow.bench.numbers import PER_DEVICE, RATIO, headline, mean_energy, percent_of_floors
 from nanoflow.bench.result import BenchKind, BenchResult, Bound, ClientOverhead, IterationTrace, Run, Series
 
 HITS = "hit_tokens_"
@@ -26,7 +26,8 @@ def lines_of(result: BenchResult) -> Iterator[str]:
     )
     lengths = ", ".join(f"{mean:.0f} ± {deviation:.0f} {side} tokens" for side, mean, deviation in sides)
     yield f"  workload: {lengths}; seed {workload.seed}"
-    yield f"  machine: {machine.name}; {result.model.dtype or 'dtype unknown'}; {result.target}"
+    several = f"{machine.devices} x " if machine.devices > 1 else ""
+    yield f"  machine: {several}{machine.name}; {result.model.dtype or 'dtype unknown'}; {result.target}"
     if result.kind is BenchKind.ONLINE:
         yield from rate_lines(result.series)
     elif result.kind is BenchKind.ABLATION:
@@ -50,7 +51,7 @@ def series_lines(series: Series) -> Iterator[str]:
     runs = f"{len(series.runs)} runs" if len(series.runs) > 1 else "1 run"
     yield (
         f"{series.name}, {runs}: {headline(series, 'tokens_per_s')} tokens/s (in + out), "
-        f"{headline(series, 'output_tokens_per_s')} output tokens/s"
+        f"{headline(series, 'output_tokens_per_s')} output tokens/s{_each(series)}"
     )
     if "batch_fill_percent" in series.numbers:
         yield (
@@ -76,16 +77,35 @@ def series_lines(series: Series) -> Iterator[str]:
 
 
 def ablation_lines(variants: Sequence[Series]) -> Iterator[str]:
-    """A row a variant, and for those that do not apply the reason."""
-    yield f"  {'VARIANT':<30}{'tokens/s':>18}{'of the first':>18}{'ms an iteration':>18}{'of bound':>10}"
+    """A row a variant with what it reached of every floor, and for those that do not apply the reason.
+
+    Columns that no variant has (tokens/s of one of several devices, power, energy) are left out.
+    """
+    each = any(PER_DEVICE in series.numbers for series in variants)
+    joules = any(mean_energy(series.runs) is not None for series in variants)
+    yield (
+        f"  {'VARIANT':<30}{'tokens/s':>18}"
+        + (f"{'a device':>18}" if each else "")
+        + f"{'of the first':>18}{'ms an iteration':>18}{'of bound':>10}"
+        + (f"{'power':>9}{'mJ a token':>12}" if joules else "")
+        + "  floors reached, %"
+    )
     for series in variants:
         if not series.runs:
             yield f"  {series.name:<30}not applicable: {series.not_applicable}"
             continue
         bounds = [run.bounds[0] for run in series.runs]
         percent = sum(bound.percent_of_bound for bound in bounds) / len(bounds)
-        cells = "".join(f"{headline(series, name):>18}" for name in ("tokens_per_s", RATIO, "iteration_mean_ms"))
-        yield f"  {series.name:<30}{cells}{percent:>8.1f} %"
+        names = ("tokens_per_s", *([PER_DEVICE] if each else []), RATIO, "iteration_mean_ms")
+        cells = "".join(f"{headline(series, name):>18}" for name in names)
+        energy = mean_energy(series.runs)
+        power = "" if not joules else " " * 21
+        if energy is not None:
+            power = f"{energy.mean_power_w:>7.0f} W{energy.mj_per_token:>12.2f}"
+        yield f"  {series.name:<30}{cells}{percent:>8.1f} %{power}  {floors_text(bounds)}"
+    rates = next((run.bounds[0] for series in variants for run in series.runs), None)
+    if rates is not None:
+        yield f"  {_rates(rates)}"
 
 
 def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:
@@ -103,6 +123,13 @@ def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:
         rate = f"{series.rate_rps:>8.4g}{numbers['goodput_rps']:>9.3g}"
         verdict = "" if numbers["sustained"] else "  not sustained"
         yield f"  {rate}  {cells}{numbers['tokens_per_s']:>10.0f}{verdict}"
+    for series in sweep:
+        bounds = [run.bounds[0] for run in series.runs if run.bounds]
+        if bounds:
+            said = [f"floors reached: {floors_text(bounds)} %", *_power(series.runs)]
+            yield f"  {series.rate_rps:>8.4g} req/s{_each(series)}: {'; '.join(said)}"
+    if any(run.bounds for series in sweep for run in series.runs):
+        yield f"  {_rates(next(run.bounds[0] for series in sweep for run in series.runs if run.bounds))}"
 
 
 def _client(client: ClientOverhead) -> str:
@@ -115,20 +142,17 @@ def _client(client: ClientOverhead) -> str:
 
 
 def _power(runs: Sequence[Run]) -> Iterator[str]:
-    known = [run.energy for run in runs if run.energy is not None]
-    if known:
-        watts = sum(energy.mean_power_w for energy in known) / len(known)
-        token = sum(energy.mj_per_token for energy in known) / len(known)
-        output = sum(energy.mj_per_output_token for energy in known) / len(known)
-        yield f"power: {watts:.0f} W, {token:.2f} mJ a token, {output:.2f} mJ an output token (idle included)"
+    energy = mean_energy(runs)
+    if energy is not None:
+        yield (
+            f"power: {energy.mean_power_w:.0f} W, {energy.mj_per_token:.2f} mJ a token, "
+            f"{energy.mj_per_output_token:.2f} mJ an output token (idle included)"
+        )
 
 
 def _bound(bounds: Sequence[Bound]) -> str:
     percent = sum(bound.percent_of_bound for bound in bounds) / len(bounds)
-    limits = ", ".join(
-        f"{limit} {sum(bound.percent_of_floor[limit] for bound in bounds) / len(bounds):.1f} %"
-        for limit in bounds[0].percent_of_floor
-    )
+    limits = ", ".join(f"{limit} {reached:.1f} %" for limit, reached in percent_of_floors(bounds).items())
     return (
         f"{percent:.1f} % of the {bounds[0].limit} bound of {bounds[0].tokens_per_s:,.0f} tokens/s "
         f"({bounds[0].name}); floors reached: {limits}"
@@ -138,7 +162,19 @@ def _bound(bounds: Sequence[Bound]) -> str:
 def _rates(bound: Bound) -> str:
     rates = bound.rates
     power = "" if rates.power_budget_w is None else f", {rates.power_budget_w:.0f} W above idle"
-    return f"rates: GEMM {si(rates.flops_per_s, 'FLOP/s')}, memory {si(rates.mem_bytes_per_s, 'B/s')}{power}"
+    return f"rates: {rates_text(rates, bound.devices)}{power}"
+
+
+def floors_text(bounds: Sequence[Bound]) -> str:
+    """Percent of every floor: `compute 61.2, memory 20.1, network 12.0, power 83.4`."""
+    return ", ".join(f"{limit} {reached:.1f}" for limit, reached in percent_of_floors(bounds).items())
+
+
+def _each(series: Series) -> str:
+    """Throughput of one of several devices; nothing where there is one."""
+    if PER_DEVICE not in series.numbers:
+        return ""
+    return f", {headline(series, PER_DEVICE)} tokens/s a device ({series.numbers['devices']:.0f} devices)"
 
 
 def _operations(trace: IterationTrace) -> Iterator[str]:

@@ -127,6 +127,11 @@ class DeviceConfig:
         if self.expert_parallel and self.tensor_parallel_size == 1:
             raise ConfigError("expert_parallel needs several ranks; give tensor_parallel_size, or drop it.")
 
+    @property
+    def n_devices(self) -> int:
+        """Devices whose rates, power and memory add up, once `device` is settled: a CPU's ranks share one machine."""
+        return self.tensor_parallel_size if self.device == "cuda" else 1
+
 
 @dataclass(frozen=True)
 class EngineConfig:

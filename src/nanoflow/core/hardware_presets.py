@@ -206,3 +206,11 @@ def with_known_energies(rates: MachineRates, device_name: str) -> MachineRates:
     return replace(
         rates, power_budget_w=known.power_budget_w, pj_per_flop=known.pj_per_flop, pj_per_byte=known.pj_per_byte
     )
+
+
+def with_known_link(rates: MachineRates, device_name: str, devices: int) -> MachineRates:
+    """`rates` with the published rate of the link between `devices` cards of that name, where the preset has one."""
+    preset = preset_of(device_name)
+    if preset is None or devices < 2 or rates.link_bytes_per_s is not None:
+        return rates
+    return replace(rates, link_bytes_per_s=preset.link_between(devices))

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class WorkDone:
-    """What the device was asked to compute: counted from batch plans, so it needs no clock and no profiler."""
+    """What all devices were asked to compute: counted from batch plans, so it needs no clock and no profiler.
+
+    `wire_bytes` are those that ranks send to each other, each counted once, at its sender.
+    """
 
     iterations: int = 0
     flops: float = 0.0
@@ -15,6 +18,7 @@ class WorkDone:
     prompt_tokens: int = 0
     output_tokens: int = 0
     recomputed_tokens: int = 0
+    wire_bytes: float = 0.0
 
     def __sub__(self, other: WorkDone) -> WorkDone:
         return WorkDone(
@@ -24,6 +28,7 @@ class WorkDone:
             self.prompt_tokens - other.prompt_tokens,
             self.output_tokens - other.output_tokens,
             self.recomputed_tokens - other.recomputed_tokens,
+            self.wire_bytes - other.wire_bytes,
         )
 
 
@@ -75,7 +80,7 @@ class EngineStats:
     finished: dict[str, int] = field(default_factory=dict)  # by finish reason
     work: WorkDone = WorkDone()
     busy_s: float = 0.0  # time with at least one batch in flight
-    energy_j: float | None = None  # since start, where the device can tell
+    energy_j: float | None = None  # of all devices since start, where they can tell
     kv_tiers: tuple[TierFill, ...] = ()  # below the device, nearest first
     kv_pages_cached: int = 0  # of the device's unused pages, those kept for reuse
     kv_evicted_pages: int = 0  # kept pages of the device whose memory was needed

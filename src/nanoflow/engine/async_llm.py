@@ -257,7 +257,7 @@ class AsyncLLM:
 
     def stats(self) -> EngineStats:
         """Counters and gauges now."""
-        return replace(self._engine.core.stats(), energy_j=self._engine.device.energy_j())
+        return replace(self._engine.core.stats(), energy_j=self._engine.energy_j())
 
     def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
         """Work of `elapsed_s` seconds against the bound of this machine; the first call may measure it."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from nanoflow.analysis.report import RunReport
 from nanoflow.analysis.work import WorkCounter, iteration_work
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.hardware import MachineRates
-from nanoflow.core.hardware_presets import with_known_energies
+from nanoflow.core.hardware_presets import with_known_energies, with_known_link
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import Op
 from nanoflow.core.stats import WorkDone
 from nanoflow.device.base import Device
+from nanoflow.device.energy import EnergyMeter, meters_of_others, total_energy_j
 from nanoflow.distributed.sharding import shard_of
 from nanoflow.engine.caching import cache_root, make_mover, store_layout, tiers_below, wants_tiers
 from nanoflow.engine.core import EngineCore
@@ -51,17 +52,28 @@ class Engine:
     kernels_name: str
     ranks: RankGroup | None = None
     rank: Rank | None = None
+    other_meters: tuple[EnergyMeter, ...] = ()  # of the other ranks' GPUs
 
     @cached_property
     def rates(self) -> MachineRates:
-        """How fast this machine is: from the user's cache, else measured now (a few seconds).
+        """How fast one of the `devices` is: from the user's cache, else measured now (a few seconds).
 
-        Where the card is one of the presets, whose energies were measured, the power floor comes with them.
+        Where the card is one of the presets, the power floor comes with their energies, and with several cards the
+        network floor with the link that is published for it.
         """
         rates = measure_rates(self.device.kind, self.config.model.dtype, self.config.device.threads)
         if self.device.kind == "cuda":
-            rates = with_known_energies(rates, self.device.name)
-        return _of_all_ranks(rates, self.config)
+            rates = with_known_link(with_known_energies(rates, self.device.name), self.device.name, self.devices)
+        return rates
+
+    @property
+    def devices(self) -> int:
+        """Devices that share the work, each as fast as `rates` say: the GPUs of all ranks, or one CPU."""
+        return self.config.device.n_devices
+
+    def energy_j(self) -> float | None:
+        """Joules that all devices have used since the engine was built; None where one of them does not tell."""
+        return total_energy_j([self.device, *self.other_meters])
 
     @property
     def failed(self) -> bool:
@@ -89,7 +101,7 @@ class Engine:
 
     def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
         """What a run did against the bound of this machine."""
-        return RunReport.of(elapsed_s, work, self.rates)
+        return RunReport.of(elapsed_s, work, self.rates, self.devices)
 
 
 def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Collection[Op] = ()) -> Engine:
@@ -103,6 +115,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Coll
     spec, other = files.spec, config.model.tokenizer
     tokenizer = files.load_tokenizer() if other is None else load_tokenizer(other, spec.eos_ids)
     device = open_device(config)
+    meters = meters_of_others(device.kind, config.device.tensor_parallel_size)
     config = resolve_dtype(config, spec, device)
     dtype = TORCH_DTYPES[config.model.dtype]
     kernels = create(config.device.kernels, device.kind, dtype)
@@ -111,7 +124,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Coll
     pipeline = choose_pipeline(config, layer_graph(spec, ranks), kept, kind=device.kind)
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
     group, rank = (None, None) if ranks == 1 else _gather_ranks(config, files, device, pipeline, also)
-    least_work = iteration_work(spec, config.model.dtype)
+    least_work = iteration_work(spec, config.model.dtype, ranks)
     try:
         config, executor = load_and_place(
             config, files, kernels, device, pipeline, rank, also=also, show_progress=show_progress
@@ -124,7 +137,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Coll
         if wants_tiers(config.cache):
             rates = measure_rates(device.kind, config.model.dtype, config.device.threads)
             layout = store_layout(config, files, kernels.name)
-            lower = tiers_below(config, mover, least_work, _of_all_ranks(rates, config), layout, link)
+            lower = tiers_below(config, mover, least_work, rates, layout, link)
     except BaseException as error:
         if group is not None:
             _disband(group, error)
@@ -155,20 +168,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Coll
         "ready in %.1f s: %s, %s kernels on %s", time.monotonic() - started, files.origin, kernels.name, device.name
     )
     submission = Submission(spec, tokenizer, config.model.max_model_len, eos_ids)
-    return Engine(config, spec, tokenizer, pipeline, device, core, submission, kernels.name, group, rank)
-
-
-def _of_all_ranks(rates: MachineRates, config: EngineConfig) -> MachineRates:
-    """The rates of one device as those of all: GPUs add up, while a CPU's ranks share what was measured."""
-    cards = config.device.tensor_parallel_size if config.device.device == "cuda" else 1
-    if cards == 1:
-        return rates
-    return replace(
-        rates,
-        flops_per_s=cards * rates.flops_per_s,
-        mem_bytes_per_s=cards * rates.mem_bytes_per_s,
-        power_budget_w=None if rates.power_budget_w is None else cards * rates.power_budget_w,
-    )
+    return Engine(config, spec, tokenizer, pipeline, device, core, submission, kernels.name, group, rank, meters)
 
 
 def _gather_ranks(

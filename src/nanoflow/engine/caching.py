@@ -90,8 +90,8 @@ def tiers_below(
 ) -> Callable[[PagePool], LowerTiers]:
     """Opens the tiers that the config asks for, on all ranks; the result hangs them below a pool.
 
-    `layout` names everything but tokens and salt that a page's bytes depend on, `rates` are those of all devices
-    together, `link` leads to the other ranks. Raises `ConfigError` if a tier cannot be had.
+    `layout` names everything but tokens and salt that a page's bytes depend on, `rates` are those of
+    one device, `link` leads to the other ranks. Raises `ConfigError` if a tier cannot be had.
     """
     if mover is None:
         raise ConfigError("this device cannot copy KV pages to DRAM yet; drop kv_dram_bytes and kv_ssd_path.")
@@ -108,8 +108,8 @@ def tiers_below(
     wanted = TiersToOpen(n_ranks, n_dram, n_ssd, cache.kv_ssd_path, layout)
     dram, ssd = _open_tiers(wanted, mover, link)
     mover.attach(dram.pool)
-    cost = RecomputeCost(work.flops_per_token, work.flops_per_pair, rates.flops_per_s)
-    n_links = n_ranks if config.device.device == "cuda" else 1  # each GPU has its own; a CPU's ranks share the memory
+    cost = RecomputeCost(work.flops_per_token, work.flops_per_pair, config.device.n_devices * rates.flops_per_s)
+    n_links = config.device.n_devices  # each GPU has its own; a CPU's ranks share the memory
     policy = ReloadPolicy(cache.page_tokens, sum(page_bytes), cost, n_links * GUESSED_COPY_BYTES_PER_S)
     flush = {} if link is None else {"flush": link.flush}
     return lambda pool: LowerTiers(pool, mover, dram, ssd, policy, **flush)

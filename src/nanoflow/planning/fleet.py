@@ -142,7 +142,7 @@ class ReplicaKind:
             n_pages=self.kv_tokens // sizes.page_tokens,
             caching=requests.blocks is not None,
         )
-        work = iteration_work(self.spec, self.dtype)
+        work = iteration_work(self.spec, self.dtype, self.group.devices)
         return simulate(requests, limits, self.times, work, replicas=replicas, request_s=self.overheads.request_s)
 
 

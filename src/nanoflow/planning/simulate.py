@@ -50,6 +50,7 @@ class Simulation:
     preemptions: int
     flops: float
     mem_bytes: float
+    wire_bytes: float = 0.0
     request_s: float = 0.0
 
     @property
@@ -86,7 +87,8 @@ class Simulation:
 
     def floors(self, rates: MachineRates, ranks: int) -> Floors:
         """The floors of all work done, on the devices of the simulated replicas."""
-        return floors(self.flops, self.mem_bytes, rates, devices=ranks * self.replicas)
+        devices = ranks * self.replicas
+        return floors(self.flops, self.mem_bytes, rates, wire_bytes=self.wire_bytes, devices=devices)
 
     def _columns(self, jobs: Sequence[Job]) -> dict[str, Column]:
         late = self.request_s
@@ -141,5 +143,6 @@ def simulate(
         preemptions=sum(replica.preemptions for replica in fleet),
         flops=sum(replica.counter.flops for replica in fleet),
         mem_bytes=sum(replica.counter.mem_bytes for replica in fleet),
+        wire_bytes=sum(replica.counter.wire_bytes for replica in fleet),
         request_s=request_s,
     )

@@ -138,13 +138,14 @@ class ReplicatedEngine:
         return _stats_of(self._fleet, self.n_open)
 
     def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
-        """Work against the bound of as many devices as there are replicas; the first call may measure one."""
+        """Work against the bound of all replicas' devices; the first call may measure one."""
         if self._rates is None:
             ready = self._fleet.ready
             if not ready or ready[0].link is None:
                 raise RuntimeError("no replica is ready, so the machine's rates are unknown")
             self._rates = self._call(ready[0].link.rates())
-        return RunReport.of(elapsed_s, work, self._rates, len(self._fleet.members))
+        devices = len(self._fleet.members) * self._info.config.device.n_devices
+        return RunReport.of(elapsed_s, work, self._rates, devices)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Take no new requests, give running ones `drain_s` seconds, end the rest, stop the replicas. Idempotent."""
