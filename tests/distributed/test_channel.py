@@ -20,6 +20,22 @@ from nanoflow.distributed.channel import SLOTS, Receiver, Sender, make_memory
 N_READERS = 2
 
 
+def test_the_sender_knows_who_is_behind_and_who_is_silent(ends: tuple[Sender, list[Receiver]]) -> None:
+    sender, receivers = ends
+    assert sender.behind() == []
+    sender.send("one")
+    for receiver in receivers:
+        receiver.receive()
+    assert sender.behind() == [0, 1], "they have it, and are not done with it"
+    receivers[1].done()
+    assert sender.behind() == [0]
+    assert sender.silent(60.0) == [0, 1]
+    receivers[0].beat()
+    assert sender.silent(60.0) == [1]
+    time.sleep(0.02)
+    assert sender.silent(0.01) == [0, 1]
+
+
 def plan_of(n_requests: int, n_pages: int) -> BatchPlan:
     """A decode batch of `n_requests` with page tables `n_pages` wide."""
     ints = np.arange(n_requests, dtype=np.int32)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanoflow.cli.main import main
@@ -17,6 +18,8 @@ from nanoflow.core.errors import RankFailedError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.core.ops import Op
 from nanoflow.core.sampling import SamplingParams
+from nanoflow.distributed.channel import SLOTS
+from nanoflow.engine import ranks
 from nanoflow.engine.build import Engine
 from nanoflow.models.hf_config import read_hf_spec
 from nanoflow.pipeline.graph import layer_graph
@@ -161,3 +164,38 @@ def test_swapped_requests_go_on_and_a_killed_rank_ends_them(folder: Path, tmp_pa
     two.close()
     assert time.monotonic() - started < WITHIN_S
     assert not scheduler.live_sequences()
+
+
+def test_a_rank_that_hangs_while_only_pages_move_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = make(folder, tensor_parallel_size=2, kv_dram_bytes=1 << 20)
+    assert two.ranks is not None
+    pid, mover = two.ranks.pids[0], two.core.scheduler.residency._mover
+    assert mover is not None
+    pages, slots = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int64)
+    assert mover.offload(pages, slots).result().all(), "it answers"
+    monkeypatch.setattr(ranks, "HUNG_S", 1.0)
+    time.sleep(1.5)
+    two.check()
+    os.kill(pid, signal.SIGSTOP)
+    assert not mover.offload(pages, slots).result().any()
+    with pytest.raises(RankFailedError, match=rf"rank 1 .*process {pid}.* hangs: what moves KV pages \(offload\)"):
+        two.check()
+    two.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("messages", [1, SLOTS + 1])
+def test_a_rank_that_hangs_while_serving_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, messages: int) -> None:
+    """Also where it takes no more messages."""
+    two = make(folder, tensor_parallel_size=2)
+    assert two.ranks is not None
+    pid = two.ranks.pids[0]
+    monkeypatch.setattr(ranks, "HUNG_S", 2.2)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(RankFailedError, match=rf"rank 1 .*process {pid}.* hangs: "):
+        for _ in range(messages - 1):
+            two.ranks.send("posted")
+        run(two, PROMPTS, GREEDY)
+    two.core.fail_all("a rank has failed")
+    two.close()
+    assert not Path(f"/proc/{pid}").exists()

@@ -22,7 +22,7 @@ from nanoflow.core.hardware import MachineRates
 from nanoflow.core.ops import RESOURCE, Op, Resource
 from nanoflow.device.cpu import CpuDevice
 from nanoflow.distributed.group import open_groups
-from nanoflow.engine import fusing, profiling, tuned
+from nanoflow.engine import fusing, profiling, ranks, tuned
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.searching import TuneLimits
 from nanoflow.engine.team import Team
@@ -179,6 +179,27 @@ def test_a_rank_that_dies_ends_the_profile(team: Team) -> None:
     with pytest.raises(RankFailedError, match="SIGKILL"):
         team.time(subject, [Part(Op.ALL_REDUCE, 8, 1.0, "library")], 30.0)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("doing", ["measuring all_reduce of 8 tokens", "reading the weights"])
+def test_a_rank_that_hangs_ends_the_profile(team: Team, monkeypatch: pytest.MonkeyPatch, doing: str) -> None:
+    group = team._group
+    assert group is not None
+    subject = team.subject("reference", DENSE_BATCH) if doing.startswith("measuring") else None
+    monkeypatch.setattr(ranks, "HUNG_S", 2.2)
+    monkeypatch.setattr("nanoflow.engine.team.SLOW_S", 0.0)
+    os.kill(group.pids[0], signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(
+        RankFailedError, match=rf"rank 1 .*process {group.pids[0]}.* hangs: {doing} has not ended for 2 s"
+    ):
+        if subject is None:
+            team.load(show_progress=False)  # rank 0 can, alone
+        else:
+            team.time(subject, [Part(Op.ALL_REDUCE, 8, 1.0, "library")], 0.01)
+    team.close()
+    assert time.monotonic() - began < 8
+    assert not any(Path(f"/proc/{pid}").exists() for pid in group.pids)
 
 
 def test_all_ranks_launch_a_collective_equally_often_and_the_slowest_counts(tmp_path: Path) -> None:

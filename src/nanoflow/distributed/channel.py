@@ -2,7 +2,8 @@
 
 A `BatchPlan` of a thousand requests is about half a megabyte of arrays. They are copied once into a slot of a ring that
 all ranks map; the pipe carries the rest, so that sending costs rank 0 a copy and a system call a rank. A slot is
-written again only when every rank has taken what was in it.
+written again only when every rank has taken what was in it. The same memory tells rank 0 how far the others are, and
+that their processes run at all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SLOT_BYTES = 32 << 20
 """Taken only as far as it is written; a message with more goes through the pipe as a whole."""
 
 _HEAD_BYTES = 4096
+MOST_READERS = 128
 _ALIGNMENT = 64
 _LOOK_AGAIN_S = 50e-6
 
@@ -40,11 +42,14 @@ def make_memory() -> int:
 
 
 class _Ring:
-    """The shared memory: for each reader how many messages it has taken, then the slots."""
+    """The shared memory: for each reader how many messages it has taken and how many it is done with, and when it last
+    said that it runs (nanoseconds of the host's monotonic clock); then the slots.
+    """
 
     def __init__(self, memory: int) -> None:
         self._map = mmap.mmap(memory, _HEAD_BYTES + SLOTS * SLOT_BYTES)
-        self.taken = np.frombuffer(self._map, dtype=np.int64, count=_HEAD_BYTES // 8)
+        head = np.frombuffer(self._map, dtype=np.int64, count=_HEAD_BYTES // 8)
+        self.taken, self.done, self.beats = head[: 3 * MOST_READERS].reshape(3, MOST_READERS)
         self.slots = np.frombuffer(self._map, dtype=np.uint8, offset=_HEAD_BYTES).reshape(SLOTS, SLOT_BYTES)
 
 
@@ -76,6 +81,15 @@ class Sender:
         for pipe in self._pipes:
             pipe.send_bytes(packed)
 
+    def behind(self) -> list[int]:
+        """The readers that are not done with all that was sent."""
+        return [int(reader) for reader in np.flatnonzero(self._ring.done[: len(self._pipes)] < self._sent)]
+
+    def silent(self, seconds: float) -> list[int]:
+        """The readers that have not said for `seconds` that they run."""
+        since_s = (time.monotonic_ns() - self._ring.beats[: len(self._pipes)]) / 1e9
+        return [int(reader) for reader in np.flatnonzero(since_s > seconds)]
+
     def _wait_for_slot(self) -> None:
         readers = self._ring.taken[: len(self._pipes)]
         while self._sent - int(readers.min(initial=self._sent)) >= SLOTS:
@@ -94,6 +108,14 @@ class Receiver:
     def waits(self, timeout_s: float) -> bool:
         """Whether there is a message, waiting for one up to `timeout_s` seconds."""
         return self._pipe.poll(timeout_s)
+
+    def done(self) -> None:
+        """Tell rank 0 that what was received last has been carried out."""
+        self._ring.done[self._number] = self._ring.taken[self._number]
+
+    def beat(self) -> None:
+        """Tell rank 0 that this process runs. Any thread may."""
+        self._ring.beats[self._number] = time.monotonic_ns()
 
     def receive(self) -> Any:
         """The next message, with arrays of its own. Raises `EOFError` when rank 0 has closed the pipe."""

@@ -25,7 +25,9 @@ class GpuStage(Stage):
         """Mean time of an iteration and of its layers over `SECONDS` each, and the card's mean power meanwhile."""
         executor = self.executor(contender.pipeline)
         group = self.group
-        return self._paced(executor) if group is None else group.together(lambda: self._paced(executor))
+        if group is None:
+            return self._paced(executor)
+        return group.together(lambda: self._paced(executor), f"measuring {contender.name}", 2 * SECONDS)
 
     def _paced(self, executor: Any) -> IterationTime:
         device = executor.device

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from nanoflow.engine.beside import executor_beside
 from nanoflow.engine.caching import make_mover
 from nanoflow.engine.placing import join, load_and_place
-from nanoflow.engine.ranks import RankJob
+from nanoflow.engine.rank_process import RankJob
 from nanoflow.engine.resolve import TORCH_DTYPES, open_device
 from nanoflow.kernels.registry import create
 from nanoflow.kvcache.rank_tiers import RankTiers

@@ -1,7 +1,7 @@
 """The process of a tensor-parallel rank other than 0: gets ready like rank 0 does, then does what it is told.
 
-Started as `python -m nanoflow.engine.rank_worker PIPE MEMORY`, two file descriptors, by `engine/ranks.py` alone. It
-ends when it is told to, when rank 0 is gone, or when anything fails, which it reports first.
+Started as `python -m nanoflow.engine.rank_worker PIPE MEMORY`, two file descriptors, by `engine/rank_process.py` alone.
+It ends when it is told to, when rank 0 is gone, or when anything fails, which it reports first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,13 +25,11 @@ import torch
 from nanoflow.core.log import get_logger, setup_logging
 from nanoflow.distributed.channel import Receiver
 from nanoflow.engine.rank_bench import RankBench
+from nanoflow.engine.rank_process import BEAT_S, RankJob
 from nanoflow.engine.rank_serving import RankFollower, RankServing
-from nanoflow.engine.ranks import RankJob
 from nanoflow.engine.workbench import open_workbench
 
 _log = get_logger(__name__)
-
-_LOOK_S = 1.0
 
 _SPEAKING = threading.Lock()
 """Held while something is said to rank 0: several threads do."""
@@ -42,16 +41,17 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for rank 0, which ends this process when it is done
         signal.signal(number, signal.SIG_IGN)
     job: RankJob = pipe.recv()
-    threading.Thread(target=_end_with, args=(job.parent,), name="parent", daemon=True).start()
+    receiver = Receiver(memory, pipe, job.rank - 1)
+    threading.Thread(target=_end_with, args=(job.parent, receiver.beat), name="parent", daemon=True).start()
     setup_logging(logging.getLevelName(max(job.log_level, logging.WARNING)))
     try:
-        _follow(job, pipe, memory)
+        _follow(job, pipe, receiver)
     except BaseException as error:
         _give_up(pipe, error)
     _leave(0)
 
 
-def _follow(job: RankJob, pipe: Connection, memory: int) -> None:
+def _follow(job: RankJob, pipe: Connection, receiver: Receiver) -> None:
     follower: RankFollower
     serving: RankServing | None = None
     if job.workload is None:
@@ -60,7 +60,6 @@ def _follow(job: RankJob, pipe: Connection, memory: int) -> None:
         follower = RankBench(open_workbench(job.config, job.workload, job.rank), Path(job.meeting_place), job.rank)
     launched: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read_results, args=(launched, pipe), name="results", daemon=True).start()
-    receiver = Receiver(memory, pipe, job.rank - 1)
     with torch.no_grad():
         while True:
             posted, kind, *values = receiver.receive()
@@ -71,6 +70,7 @@ def _follow(job: RankJob, pipe: Connection, memory: int) -> None:
                     serving.close()
                 return
             pending = follower.command(kind, *values)
+            receiver.done()
             if pending is not None:
                 launched.put(pending)
 
@@ -107,10 +107,11 @@ def _give_up(pipe: Connection, error: BaseException) -> None:
     _leave(1)
 
 
-def _end_with(parent: int) -> None:
-    """Rank 0 holds the other end of this process's standard input for as long as it lives."""
+def _end_with(parent: int, beat: Callable[[], None]) -> None:
+    """Rank 0 holds the other end of this process's standard input for as long as it lives; it sees each `beat`."""
     while os.getppid() == parent:
-        readable, _, _ = select.select([0], [], [], _LOOK_S)
+        beat()
+        readable, _, _ = select.select([0], [], [], BEAT_S)
         if readable and not os.read(0, 1):
             break
     _leave(1)

@@ -3,25 +3,23 @@
 The others follow: each iteration they get the batch plan that rank 0 launches itself (`distributed/channel.py`), so
 all ranks issue the same launches in the same order. What a worker does with the commands that it gets depends on its
 role: it serves (`rank_serving.py`), or measures for a profile and for tuning (`rank_bench.py`). If one of them ends or
-fails, all are ended, and what waits for the group gets a `RankFailedError` that says which one and why. No process
-outlives rank 0: each worker ends when the pipe to it closes, which happens however rank 0 ends.
+fails, or does not get done with what it was told, all are ended, and what waits for the group gets a `RankFailedError`
+that says which one and why. No process outlives rank 0: each worker ends when the pipe to it closes, which happens
+however rank 0 ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, replace
-from multiprocessing import Pipe
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +30,7 @@ from nanoflow.core.errors import RankFailedError
 from nanoflow.core.log import get_logger
 from nanoflow.core.ops import Op
 from nanoflow.distributed.channel import Sender, make_memory
-from nanoflow.distributed.group import WORKER_ENVIRONMENT
+from nanoflow.engine.rank_process import BEAT_S, STOP_S, RankJob, how_it_ended, start
 from nanoflow.pipeline.pipeline import Pipeline
 
 _log = get_logger(__name__)
@@ -41,38 +39,19 @@ T = TypeVar("T")
 _LOOK_S = 0.25
 """Between two looks at whether the group still lives, while an iteration is waited for."""
 
+_LOOK_AGAIN_S = 0.002
+"""While workers that are about to be done are waited for."""
+
 _EXPLAIN_S = 5.0
 """A broken connection is noticed before the end of the process behind it: how long to wait for the reason."""
 
-_STOP_S = 3.0
+HUNG_S = 600.0
+"""What takes longer than expected by this will never end: some rank hangs without having died."""
 
-_HUNG_S = 600.0
-"""An iteration that takes longer will never end: some rank hangs without having died."""
+SLOW_S = 1200.0
+"""What reading weights, compiling and recording may be expected to take."""
 
-
-@dataclass(frozen=True)
-class RankJob:
-    """What a worker process is told first. `config` has its device, kernels and precision settled.
-
-    With a `workload` it measures on the steady batch of that; else it serves `pipeline_json` (and `also` further
-    operations, which later pipelines need).
-    """
-
-    config: EngineConfig
-    pipeline_json: str
-    also: tuple[Op, ...]
-    workload: str | None
-    rank: int
-    meeting_place: str
-    parent: int
-    log_level: int
-
-
-@dataclass(frozen=True)
-class _Worker:
-    rank: int
-    process: subprocess.Popen[bytes]
-    pipe: Connection
+_SILENT_S = 4 * BEAT_S
 
 
 class RankGroup:
@@ -93,11 +72,14 @@ class RankGroup:
         self.on_failure: Callable[[], None] = _nothing
         self.on_end: Callable[[], None] = _nothing
         self.on_answer: Callable[[int, int, Any], None] = _nothing
+        self.on_posted: Callable[[list[int]], None] = _nothing
+        self.on_look: Callable[[], None] = _nothing
         self.posted: list[tuple[int, str, tuple[Any, ...]]] = []
         """Commands about KV pages that go with whatever is sent next (`rank_link.py`)."""
         self.abort_collectives: Callable[[], None] = _nothing
         self._failed = threading.Event()
         self._closing = False
+        self._sending: tuple[str, float] | None = None
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")
         self.meeting_place = Path(self._folder.name) / "store"
@@ -116,8 +98,8 @@ class RankGroup:
         )
         try:
             ranks = range(1, config.device.tensor_parallel_size)
-            self._workers = [_start(replace(job, rank=rank), memory) for rank in ranks]
-            self._sender = Sender(memory, [worker.pipe for worker in self._workers], self.check)
+            self._workers = [start(replace(job, rank=rank), memory) for rank in ranks]
+            self._sender = Sender(memory, [worker.pipe for worker in self._workers], self._check_slot)
         finally:
             os.close(memory)
         self._monitor = threading.Thread(target=self._watch, name="ranks", daemon=True)
@@ -139,8 +121,11 @@ class RankGroup:
         if self.failure is not None:
             raise self.failure from error
 
-    def while_it_lives(self, work: Callable[[], T]) -> T:
-        """`work()` in a thread of its own, given up if the group fails: for waits that nothing else interrupts."""
+    def while_it_lives(self, work: Callable[[], T], what: str = "starting", expected_s: float = SLOW_S) -> T:
+        """`work()` in a thread of its own, given up if the group fails: for waits that nothing else interrupts.
+
+        The group is also given up if `what` has not ended when `HUNG_S` have passed beyond `expected_s`.
+        """
         done: Future[T] = Future()
 
         def run() -> None:
@@ -150,21 +135,52 @@ class RankGroup:
                 done.set_exception(error)
 
         threading.Thread(target=run, name="joining", daemon=True).start()
+        began = time.monotonic()
         while True:
             try:
                 return done.result(_LOOK_S)
             except FutureTimeoutError:
                 if done.done():  # what `work` itself has raised
                     raise
-                self.check()
+                self._check_time(what, began, expected_s)
 
-    def together(self, work: Callable[[], T]) -> T:
-        """`work()` that talks to the other ranks; raises the group's failure where that is what made it fail."""
+    def together(self, work: Callable[[], T], what: str = "making a pipeline ready", expected_s: float = SLOW_S) -> T:
+        """`work()` that talks to the other ranks; raises the group's failure where that is what made it fail.
+
+        The group has failed as well if `what` takes too long; see `while_it_lives`.
+        """
         try:
-            return self.while_it_lives(work)
+            return self.while_it_lives(work, what, expected_s)
         except RuntimeError as error:
             self.explain(error)
             raise
+
+    def wait_for_all(self, what: str, expected_s: float) -> None:
+        """Wait until every worker is done with all that it was told, `what` being the last."""
+        began = time.monotonic()
+        while self._sender.behind():
+            self._check_time(what, began, expected_s)
+            time.sleep(_LOOK_AGAIN_S)
+
+    def _check_time(self, what: str, began: float, expected_s: float) -> None:
+        waited_s = time.monotonic() - began
+        if waited_s > HUNG_S + expected_s:
+            self.give_up_on(what, waited_s)
+        self.check()
+
+    def give_up_on(self, what: str, waited_s: float, ranks: Collection[int] = ()) -> None:
+        """End all ranks because `what` does not end, and name those that hang: `ranks` if they are known.
+
+        Else those whose processes do not run, or those that are not done with what they were told.
+        """
+        behind = self._sender.behind()
+        silent = self._sender.silent(_SILENT_S)
+        found = sorted(ranks) or [
+            1 + reader for reader in ([one for one in behind if one in silent] or silent or behind)
+        ]
+        names = " and ".join(f"rank {rank} of the model (process {self.pids[rank - 1]})" for rank in found)
+        hung = f"{names} hang{'s' * (len(found) == 1)}" if found else "some rank hangs"
+        self.give_up(f"{hung}: {what} has not ended for {waited_s:.0f} s")
 
     def prepare(self, pipeline: Pipeline) -> int:
         """Let every worker make an executor of another `pipeline`; its number, for `GroupLauncher`.
@@ -179,11 +195,16 @@ class RankGroup:
         """Give every worker a command, after what was posted. Raises `RankFailedError` if one is gone."""
         self.check()
         posted, self.posted = self.posted, []
+        self._sending = kind, time.monotonic()
         try:
             self._sender.send((posted, kind, *values))
         except OSError as error:
             self.explain(error)
             raise
+        finally:
+            self._sending = None
+        if posted:
+            self.on_posted([number for number, *_ in posted])
 
     def close(self) -> None:
         """End the workers: those that are idle by themselves, the rest by force. Idempotent."""
@@ -192,17 +213,31 @@ class RankGroup:
                 return
             self._closing = True
         if self.failure is None:
+            self._sending = "stop", time.monotonic()
             with contextlib.suppress(OSError):
                 self._sender.send(([], "stop"))
-        deadline = time.monotonic() + _STOP_S
+        deadline = time.monotonic() + STOP_S
         for worker in self._workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
         self._kill()
-        self._monitor.join(timeout=_STOP_S)
+        self._monitor.join(timeout=STOP_S)
         for worker in self._workers:
             worker.pipe.close()
         self._folder.cleanup()
+
+    def _check_slot(self) -> None:
+        """While something waits to be sent: raises if the group has failed, or is closed and others take nothing."""
+        self.check()
+        if self._closing and self._sending is not None and time.monotonic() - self._sending[1] > STOP_S:
+            raise TimeoutError
+
+    def _look(self) -> None:
+        """Give up if something cannot be sent, or is not answered, for too long."""
+        sending = self._sending
+        if sending is not None and time.monotonic() - sending[1] > HUNG_S:
+            self.give_up_on(f"the message {sending[0]!r}", time.monotonic() - sending[1])
+        self.on_look()
 
     def _kill(self) -> None:
         for worker in self._workers:
@@ -215,14 +250,15 @@ class RankGroup:
     def _watch(self) -> None:
         """The monitor's thread: passes answers on, until a worker tells a failure or closes its pipe."""
         by_pipe = {worker.pipe: worker for worker in self._workers}
-        while not self._closing:
+        while not self._closing and self.failure is None:
+            self._look()
             for pipe in wait(list(by_pipe), timeout=_LOOK_S):
                 assert isinstance(pipe, Connection)
                 worker = by_pipe[pipe]
                 try:
                     message = pipe.recv()
                 except (EOFError, OSError):
-                    message = _how_it_ended(worker.process)
+                    message = how_it_ended(worker.process)
                 if self._closing:
                     return
                 if isinstance(message, str):
@@ -245,33 +281,6 @@ class RankGroup:
         self.on_failure()
 
 
-def _start(job: RankJob, memory: int) -> _Worker:
-    ours, theirs = Pipe()
-    paths = os.pathsep.join(path for path in sys.path if path)
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nanoflow.engine.rank_worker", str(theirs.fileno()), str(memory)],
-            stdin=subprocess.PIPE,
-            pass_fds=[theirs.fileno(), memory],
-            env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": paths},
-        )
-    with contextlib.suppress(OSError):  # it has ended already: the monitor will say how
-        ours.send(job)
-    return _Worker(job.rank, process, ours)
-
-
-def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    try:
-        code = process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        return "closed its pipe"
-    if code >= 0:
-        return f"has ended with exit code {code}"
-    with contextlib.suppress(ValueError):
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"was killed by signal {-code}"
-
-
 def _nothing(*_: Any) -> None:
     """Nobody has asked to be told."""
 
@@ -285,10 +294,10 @@ class Pending:
 
     def result(self) -> BatchResult:
         """Wait for the iteration and return its tokens. Raises `RankFailedError`, or rank 0's own error."""
-        deadline = time.monotonic() + _HUNG_S
+        began = time.monotonic()
         while not self._inner.wait(_LOOK_S):
-            if time.monotonic() > deadline:
-                self._group.give_up(f"an iteration has not ended for {_HUNG_S:.0f} s")
+            if time.monotonic() - began > HUNG_S:
+                self._group.give_up_on("an iteration", HUNG_S)
             self._group.check()
         try:
             found: BatchResult = self._inner.result()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from nanoflow.engine.rank_bench import RankBench
-from nanoflow.engine.ranks import RankGroup
+from nanoflow.engine.ranks import SLOW_S, RankGroup
 from nanoflow.engine.stage import Stage
 from nanoflow.engine.workbench import Workbench
 from nanoflow.profiling.loops import Timing
@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Team:
     """Rank 0's `bench` and the processes of the other ranks. Close it, or they end with this process.
 
-    Its methods raise `RankFailedError` if a rank fails meanwhile.
+    Its methods raise `RankFailedError` if a rank fails meanwhile, or hangs.
     """
 
     def __init__(self, bench: Workbench, workload: str) -> None:
@@ -35,7 +35,7 @@ class Team:
         settled = bench.config.with_options("device", device=bench.device.kind, kernels=bench.kernels.name)
         self._group = group = RankGroup(settled, workload=workload)
         try:
-            self._own = self._alive(lambda: RankBench(bench, group.meeting_place))
+            self._own = self._alive(lambda: RankBench(bench, group.meeting_place), "starting", SLOW_S)
         except BaseException:
             group.close()
             raise
@@ -45,18 +45,19 @@ class Team:
     def load(self, *, show_progress: bool) -> None:
         """Read the model's own weights; what is profiled then has these."""
         self._tell("load")
-        self._alive(lambda: self._own.load(show_progress))
+        self._prepared(lambda: self._own.load(show_progress), "reading the weights")
 
     def subject(self, name: str, largest: int) -> Measurable:
         """What is profiled for kernels `name`, up to `largest` tokens."""
         self._tell("subject", name, largest)
-        return self._alive(lambda: self._own.subject(name, largest))
+        return self._prepared(lambda: self._own.subject(name, largest), f"making the {name} kernels ready")
 
     def time(self, subject: Measurable, parts: Sequence[Part], seconds: float) -> list[Timing]:
         """Implements `profiling.profiler.Timer`."""
         name = subject.implementation
         self._tell("time", name, list(parts), seconds)
-        return self._alive(lambda: self._own.time(name, parts, seconds))
+        what = " beside ".join(f"{part.op} of {part.tokens} tokens" for part in parts)
+        return self._alive(lambda: self._own.time(name, parts, seconds), f"measuring {what}", seconds)
 
     def drop(self) -> None:
         """Free what was profiled."""
@@ -66,7 +67,7 @@ class Team:
     def stage(self) -> Stage:
         """What contenders run on, on all ranks at once."""
         self._tell("stage")
-        stage = self._alive(self._own.stage)
+        stage = self._prepared(self._own.stage, "making the verification ready")
         stage.group = self._group
         return stage
 
@@ -85,5 +86,12 @@ class Team:
         if self._group is not None:
             self._group.send(kind, *values)
 
-    def _alive(self, work: Callable[[], T]) -> T:
-        return work() if self._group is None else self._group.together(work)
+    def _alive(self, work: Callable[[], T], what: str, expected_s: float) -> T:
+        return work() if self._group is None else self._group.together(work, what, expected_s)
+
+    def _prepared(self, work: Callable[[], T], what: str) -> T:
+        """`work()`; all ranks are ready when it returns, so that what follows can be expected to take its time."""
+        result = self._alive(work, what, SLOW_S)
+        if self._group is not None:
+            self._group.wait_for_all(what, SLOW_S)
+        return result
