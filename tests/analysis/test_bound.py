@@ -12,7 +12,7 @@ from nanoflow.analysis.optimum import paper_times, params_by_name
 from nanoflow.analysis.report import RunReport, si
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
-from nanoflow.core.hardware_presets import find_hardware
+from nanoflow.core.hardware_presets import find_hardware, with_known_link
 from nanoflow.core.presets import preset
 from nanoflow.core.stats import WorkDone
 
@@ -64,6 +64,32 @@ def test_parameters_by_name() -> None:
     assert params_by_name(preset("qwen3-30b-a3b")) == preset("qwen3-30b-a3b").n_active_params
     assert params_by_name(preset("smollm2")) == preset("smollm2").n_active_params
     assert params_by_name(dataclasses.replace(preset("llama-3-8b"), name="not-70b")) == preset("llama-3-8b").n_params
+
+
+def test_a_run_of_several_devices_counts_all_of_them() -> None:
+    card = find_hardware("h200").rates("bfloat16", 2)
+    work = WorkDone(10, 4e15, 20e12, 6000, 2000, 0, wire_bytes=900e9)
+    report = RunReport.of(4.0, work, card, 2)
+    assert report.percent_of_floor == pytest.approx(
+        {
+            "compute": 100 * 4e15 / (2 * card.flops_per_s) / 4,
+            "memory": 100 * 20e12 / (2 * 4.8e12) / 4,
+            "network": 100 * 900e9 / (2 * 450e9) / 4,
+            "power": 100 * (4e15 * 0.845e-12 + 20e12 * 113e-12) / (2 * (700 - 131)) / 4,
+        }
+    )
+    assert report.tokens_per_s_per_device == 1000
+    assert "2000.0 tokens/s (in + out), 1000.0 a device" in report.summary()
+    assert "2 devices of: GEMM 990 TFLOP/s, memory 4.8 TB/s, link 450 GB/s published" in report.summary()
+    assert (work - WorkDone(wire_bytes=100e9)).wire_bytes == 800e9
+    told = report.to_dict()
+    assert told["devices"] == 2 and told["percent_of_floor"]["network"] == pytest.approx(25.0)
+
+
+def test_the_link_of_a_known_card_comes_from_its_preset() -> None:
+    assert with_known_link(RATES, "NVIDIA H200", 2).link_bytes_per_s == 450e9
+    assert with_known_link(RATES, "NVIDIA H200", 1) == with_known_link(RATES, "Some CPU", 2) == RATES
+    assert with_known_link(RATES, "AMD Instinct MI300X", 2).link_bytes_per_s == 64e9
 
 
 def _report(elapsed_s: float = 2.0) -> RunReport:

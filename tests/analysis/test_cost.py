@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanoflow.analysis.batch_shape import BatchShape, batch_shape_of, uniform_batch
-from nanoflow.analysis.cost import Collectives, OpCost, distinct_experts, iteration_costs, total
+from nanoflow.analysis.cost import Collectives, OpCost, distinct_experts, iteration_costs, nano_op_costs, total
 from nanoflow.analysis.work import WorkCounter, iteration_work
 from nanoflow.core.batch import BatchPlan, SamplingPlan
 from nanoflow.core.errors import ConfigError
@@ -130,6 +130,34 @@ def test_coefficients_agree_with_the_sum_of_operations(name: str, dtype: str) ->
     assert work.flops(batch) == pytest.approx(everything.flops, rel=1e-12)
     least = everything.weight_bytes + everything.kv_bytes - kv_read_again
     assert work.mem_bytes(batch) == pytest.approx(least, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "llama-3-70b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("ranks", [2, 8, 16])
+def test_coefficients_of_several_ranks_agree_with_the_sum_of_operations(name: str, ranks: int) -> None:
+    spec, batch = preset(name), uniform_batch(70, 300, n_chunks=3, chunk=50, before=20)
+    joins = (Op.ALL_GATHER, Op.ALL_REDUCE)
+    forms = [iteration_costs(spec, batch, "bfloat16", ranks, form) for form in Collectives]
+    everything = total(cost for op, cost in forms[0].items() if op not in joins)
+    work = iteration_work(spec, "bfloat16", ranks)
+    copies = max(1, ranks // spec.n_kv_heads)
+    written = batch.n_tokens * spec.kv_bytes_per_token("bfloat16") * copies
+    assert work.flops(batch) == pytest.approx(everything.flops, rel=1e-12)
+    assert work.mem_bytes(batch) == pytest.approx(everything.weight_bytes + everything.kv_bytes - written, rel=1e-12)
+    least = min(total(costs.values()).wire_bytes for costs in forms)
+    assert work.wire_bytes_per_token * batch.n_tokens == pytest.approx(least, rel=1e-12)
+    assert least > 0 and iteration_work(spec, "bfloat16").wire_bytes_per_token == 0
+
+
+def test_network_operations_of_pipelines_are_priced_one_by_one() -> None:
+    batch = uniform_batch(4, 100)
+    costs = nano_op_costs(TINY, batch, "bfloat16", 2)
+    gathering, reducing = (iteration_costs(TINY, batch, "bfloat16", 2, form) for form in Collectives)
+    assert costs[Op.ATTENTION_GATHER] + costs[Op.O_GATHER] == gathering[Op.ALL_GATHER]
+    assert costs[Op.FFN_REDUCE] == gathering[Op.ALL_REDUCE]
+    assert costs[Op.O_REDUCE] + costs[Op.FFN_REDUCE] == reducing[Op.ALL_REDUCE]
+    assert costs[Op.O_COLUMN] == costs[Op.O]
+    assert nano_op_costs(TINY, batch, "bfloat16") == iteration_costs(TINY, batch, "bfloat16")
 
 
 def test_unknown_dtype_and_rank_are_refused() -> None:

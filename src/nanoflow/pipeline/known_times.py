@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanoflow.analysis.batch_shape import uniform_batch
+from nanoflow.analysis.batch_shape import BatchShape, uniform_batch
 from nanoflow.analysis.bound import floors
-from nanoflow.analysis.cost import iteration_costs
+from nanoflow.analysis.cost import OpCost, nano_op_costs
 from nanoflow.core.hardware import MachineRates
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.ops import Op
@@ -31,44 +31,59 @@ class KnownTimeline:
     source: str
 
 
-def known_timeline(pipeline: Pipeline, spec: ModelSpec, dtype: str, rates: MachineRates | None) -> KnownTimeline | None:
-    """Measured, else predicted by the search, else the least by the cost model at `rates`; None if none is known.
+def known_timeline(
+    pipeline: Pipeline, spec: ModelSpec, dtype: str, rates: MachineRates | None, *, ranks: int = 1, devices: int = 1
+) -> KnownTimeline | None:
+    """Measured, else predicted by the search, else the least by the cost model; None if none is known.
+
+    The least is that of `devices` with `rates` each; on a CPU `ranks` may share one.
 
     Raises `PipelineError` if the pipeline does not fit the model or holds times that do not fit it.
     """
     measured = measured_timeline(pipeline)
     if measured is not None:
         return KnownTimeline(measured, "measured by nanoflow tune")
-    graph = layer_graph(spec, int(pipeline.meta.get("ranks", 1)))
+    ranks = int(pipeline.meta.get("ranks", ranks))
+    graph = layer_graph(spec, ranks)
     durations = pipeline.meta.get("predicted", {}).get("durations_us", [])
     if len(durations) == len(pipeline.nano_ops):
         return KnownTimeline(from_durations(pipeline, graph, durations), "predicted by the search from the profile")
     if rates is None:
         return None
-    return _least(pipeline, graph, spec, dtype, rates)
+    costs = nano_op_costs(spec, _even_batch(pipeline.dense_batch), dtype, ranks)
+    return _least(pipeline, graph, spec, costs, rates, devices)
 
 
 def _least(
-    pipeline: Pipeline, graph: LayerGraph, spec: ModelSpec, dtype: str, rates: MachineRates
+    pipeline: Pipeline,
+    graph: LayerGraph,
+    spec: ModelSpec,
+    costs: dict[Op, OpCost],
+    rates: MachineRates,
+    devices: int,
 ) -> KnownTimeline | None:
-    """Each operation at its floor, in a batch of half decode tokens; None for operations the model does not price."""
-    n_decode = pipeline.dense_batch // 2
-    n_prefill = pipeline.dense_batch - n_decode
-    batch = uniform_batch(n_decode, CONTEXT_TOKENS, 1, n_prefill, max(0, CONTEXT_TOKENS - n_prefill) // 2)
-    costs = iteration_costs(spec, batch, dtype)
+    """Each operation at its floor; None for operations that the cost model does not price."""
+    n_decode = _even_batch(pipeline.dense_batch).n_decode
     if any(nano.op not in costs for nano in pipeline.nano_ops):
         return None
 
     def time_us(nano: NanoOp, share: float) -> float:
         cost = costs[nano.op]
-        least_s = floors(cost.flops, cost.mem_bytes, rates).bound_s / spec.n_layers
-        return 1e6 * least_s * part_of(nano, n_decode, pipeline.dense_batch) / share
+        least = floors(cost.flops, cost.mem_bytes, rates, wire_bytes=cost.wire_bytes, devices=devices)
+        return 1e6 * least.bound_s / spec.n_layers * part_of(nano, n_decode, pipeline.dense_batch) / share
 
     source = (
         f"the least that each operation can take by the cost model ({n_decode} of {pipeline.dense_batch} tokens "
         f"decode, {CONTEXT_TOKENS} tokens of context); nanoflow tune measures it"
     )
     return KnownTimeline(predict(pipeline, graph, time_us), source)
+
+
+def _even_batch(dense_batch: int) -> BatchShape:
+    """A full batch of half decode tokens."""
+    n_decode = dense_batch // 2
+    n_prefill = dense_batch - n_decode
+    return uniform_batch(n_decode, CONTEXT_TOKENS, 1, n_prefill, max(0, CONTEXT_TOKENS - n_prefill) // 2)
 
 
 def part_of(nano: NanoOp, n_decode: int, dense_batch: int) -> float:

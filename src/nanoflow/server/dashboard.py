@@ -69,6 +69,7 @@ def describe(engine: Engine) -> dict[str, Any]:
     """What does not change while the server runs: model, rates of the machine, the pipeline and its drawings."""
     report = report_or_none(engine, 1.0, WorkDone())
     rates = None if report is None else report.rates
+    place = engine.config.device
     dtype = engine.config.model.dtype if rates is None else rates.dtype
     pipeline = engine.pipeline
     found: dict[str, Any] = {
@@ -76,6 +77,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "model": served_model_name(engine),
         "max_model_len": engine.max_model_len,
         "rates": None if rates is None else rates.to_dict(),
+        "devices": 1 if report is None else report.devices,
         "pipeline": pipeline.name,
         "dense_batch": pipeline.dense_batch,
         "lanes": len(pipeline.lanes),
@@ -84,7 +86,9 @@ def describe(engine: Engine) -> dict[str, Any]:
         "times": "Its times are not known; nanoflow tune measures them.",
     }
     try:
-        known = known_timeline(pipeline, engine.spec, dtype, rates)
+        known = known_timeline(
+            pipeline, engine.spec, dtype, rates, ranks=place.tensor_parallel_size, devices=place.n_devices
+        )
     except PipelineError as error:
         return found | {"times": f"Its times cannot be shown: {error}"}
     if known is not None:

@@ -78,6 +78,8 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(f"nanoflow_{name}", text, value=count)
         for name, text, value in _gauges(stats):
             yield GaugeMetricFamily(f"nanoflow_{name}", text, value=value)
+        devices = self._engine.config.device.n_devices * max(1, len(stats.replicas))
+        yield GaugeMetricFamily("nanoflow_devices", "Devices that share the work; a CPU is one.", value=devices)
         finished = CounterMetricFamily(
             "nanoflow_requests_finished_total", "Choices that ended, by finish reason.", labels=["reason"]
         )
@@ -105,10 +107,15 @@ def _counters(stats: EngineStats) -> Iterable[tuple[str, str, float]]:
     yield "iterations_total", "Batches launched.", work.iterations
     yield "flops_total", "Floating-point operations asked of the device.", work.flops
     yield "memory_traffic_bytes_total", "Bytes of device memory that the operations must move.", work.mem_bytes
+    yield (
+        "network_traffic_bytes_total",
+        "Bytes that ranks must send to each other.",
+        work.wire_bytes,
+    )
     yield "preemptions_total", "Requests that lost their KV pages and were queued again.", stats.preemptions
     yield "busy_seconds_total", "Time with at least one batch in flight.", stats.busy_s
     if stats.energy_j is not None:
-        yield "energy_joules_total", "Energy the device used since the engine started.", stats.energy_j
+        yield "energy_joules_total", "Energy all devices used since the engine started.", stats.energy_j
 
 
 def _gauges(stats: EngineStats) -> Iterable[tuple[str, str, float]]:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nanoflow.analysis.svg.axis import number
+from nanoflow.bench.numbers import PER_DEVICE, mean_energy
 from nanoflow.bench.report.bars import Bar, Group, Mark, draw_bars
 from nanoflow.bench.report.figure import Figure, Missing, Section, Table, both
 from nanoflow.bench.report.subject import SEQUENTIAL
-from nanoflow.bench.report.throughput import measured, value_text, workload_label
+from nanoflow.bench.report.throughput import (
+    device_text,
+    energy_texts,
+    floors_reached,
+    measured,
+    value_text,
+    workload_label,
+)
 from nanoflow.bench.result import BenchKind, BenchResult, Series
 
 PLAIN = "plain engine"
@@ -73,10 +81,34 @@ def _ratio_text(result: BenchResult, series: Series) -> str:
 
 def _table(result: BenchResult) -> Table:
     rows = []
-    for series in measured(result):
+    found = measured(result)
+    each = any(PER_DEVICE in series.numbers for series in found)
+    joules = any(mean_energy(series.runs) is not None for series in found)
+    for series in found:
         pipeline = series.pipeline or {}
         shape = f"{len(pipeline['nano_ops'])} on {len(pipeline['lanes'])}" if pipeline else "–"
         ratio = _ratio_text(result, series).removeprefix(", ") or "1"
-        rows.append((series.name, value_text(series, "tokens_per_s"), ratio, shape, str(len(series.runs))))
+        rows.append(
+            (
+                series.name,
+                value_text(series, "tokens_per_s"),
+                *([device_text(series)] if each else []),
+                ratio,
+                floors_reached(series),
+                *(energy_texts(series) if joules else ()),
+                shape,
+                str(len(series.runs)),
+            )
+        )
     caption = f"{workload_label(result)}: tokens/s, mean ± deviation over the runs."
-    return Table(caption, ("variant", "tokens/s", "ratio", "operations on lanes", "runs"), tuple(rows))
+    columns = (
+        "variant",
+        "tokens/s",
+        *(("a device",) if each else ()),
+        "ratio",
+        "of every floor",
+        *(("power", "a token") if joules else ()),
+        "operations on lanes",
+        "runs",
+    )
+    return Table(caption, columns, tuple(rows))

@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 
 from nanoflow import __version__
-from nanoflow.analysis.report import si
+from nanoflow.analysis.report import rates_text
 from nanoflow.analysis.svg.axis import number
 from nanoflow.analysis.svg.canvas import STRIPES, theme
+from nanoflow.bench.numbers import PER_DEVICE
 from nanoflow.bench.report.ablation import ablation, baseline
 from nanoflow.bench.report.figure import Figure, Missing, Section, percent
 from nanoflow.bench.report.html import missing_html, section_html, text_html
@@ -79,11 +80,12 @@ def _absent(section: Section) -> str:
 def _subtitle(results: Sequence[BenchResult]) -> str:
     days = sorted({result.started_at[:10] for result in results})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    rates = next((result.machine.rates for result in results if result.machine.rates is not None), None)
-    if rates is None:
+    machine = next((result.machine for result in results if result.machine.rates is not None), None)
+    if machine is None or machine.rates is None:
         return f"Measured {escape(when)}."
-    how = "measured" if rates.measured else "published"
-    said = f"GEMM {si(rates.flops_per_s, 'FLOP/s')} and memory {si(rates.mem_bytes_per_s, 'B/s')} {how}, {rates.dtype}."
+    how = "measured" if machine.rates.measured else "published"
+    said = rates_text(machine.rates, machine.devices)
+    said = f"{said[0].upper()}{said[1:]} {how}, {machine.rates.dtype}."
     return escape(f"Measured {when}. {said}")
 
 
@@ -113,6 +115,8 @@ def _tile(result: BenchResult) -> tuple[str, str, str, str] | None:
         return None
     best = max(found, key=lambda series: series.numbers["tokens_per_s"])
     value, unit = number(best.numbers["tokens_per_s"]), "tokens/s"
+    if PER_DEVICE in best.numbers:
+        unit += f", {number(best.numbers[PER_DEVICE])} a device"
     base = baseline(result)
     if result.kind is BenchKind.ABLATION and base is not None:
         ratio = best.numbers["tokens_per_s"] / base.numbers["tokens_per_s"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from nanoflow.analysis.cost import OpCost, iteration_costs
+from nanoflow.analysis.cost import OpCost, nano_op_costs
 from nanoflow.analysis.svg.axis import number
 from nanoflow.bench.report.figure import Draw, Figure, Missing, Section, Table, both, listed, percent
 from nanoflow.bench.report.lines import Line, Plot, draw_lines, mean_of, steps
@@ -72,7 +73,9 @@ def curves_of(subject: Subject) -> Curves | None:
     batch, rates = traced_batch(subject), subject.result.machine.rates
     if batch is None or rates is None:
         return None
-    costs = iteration_costs(subject.spec, batch, subject.result.model.dtype)
+    devices = subject.result.machine.devices
+    whole = nano_op_costs(subject.spec, batch, subject.result.model.dtype, subject.ranks)
+    costs = {op: cost.times(1.0 / devices) for op, cost in whole.items()}
     timeline, dense = subject.known.timeline, subject.pipeline.dense_batch
     n_decode = batch.n_decode * dense // max(1, batch.n_tokens)
     use = {
@@ -80,20 +83,21 @@ def curves_of(subject: Subject) -> Curves | None:
         for span in timeline.spans
     }
     usage = timeline.usage()
+    on_wires = devices > 1 and rates.link_bytes_per_s is not None
     edges = [*(piece.start_us for piece in usage), timeline.period_us]
     return {
         name: steps(edges, lambda i, place=place: 100.0 * sum(use[r][place] for r in usage[i].running))  # type: ignore[misc]
-        for place, name in enumerate(("compute", "memory"))
+        for place, name in enumerate(("compute", "memory", "network") if on_wires else ("compute", "memory"))
     }
 
 
 def _use(
     costs: dict[Op, OpCost], subject: Subject, index: int, n_decode: int, time_us: float, rates: MachineRates
-) -> tuple[float, float]:
-    """Parts of the compute and memory rates that a nano-operation of one layer uses while it runs."""
+) -> tuple[float, float, float]:
+    """Parts of a device's compute, memory and link rates that a nano-operation of one layer uses while it runs."""
     nano = subject.pipeline.nano_ops[index]
     if nano.op not in costs or time_us <= 0:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     cost = costs[nano.op]
     rows = part_of(nano, n_decode, subject.pipeline.dense_batch)
     whole_layer_s = 1e-6 * time_us * subject.spec.n_layers
@@ -102,6 +106,7 @@ def _use(
     return (
         rows * cost.flops / whole_layer_s / rates.flops_per_s,
         moved / whole_layer_s / rates.mem_bytes_per_s,
+        rows * cost.wire_bytes / whole_layer_s / (rates.link_bytes_per_s or math.inf),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from nanoflow.analysis.bound import Limit
-from nanoflow.analysis.cost import iteration_costs, total
+from nanoflow.analysis.cost import nano_op_costs, total
 from nanoflow.analysis.roofline import roofs
 from nanoflow.analysis.svg.axis import Axis, number
 from nanoflow.analysis.svg.canvas import Canvas
@@ -77,12 +77,12 @@ def _note(subject: Subject) -> str:
 def _operations(subject: Subject, rates: MachineRates) -> list[Point]:
     batch, trace = traced_batch(subject), subject.series.trace
     assert batch is not None and trace is not None
-    costs = iteration_costs(subject.spec, batch, subject.result.model.dtype)
+    costs = nano_op_costs(subject.spec, batch, subject.result.model.dtype, subject.ranks)
     points = []
     for op in trace.ops:
         parts = [costs[kind] for kind in HEADS.get(op.op, tuple(kind for kind in costs if kind == op.op))]
-        cost = total(parts)
-        if cost.flops > 0 and cost.mem_bytes > 0 and op.us_per_iteration > 0:
+        cost = total(parts).times(1.0 / subject.result.machine.devices)
+        if not cost.wire_bytes and cost.flops > 0 and cost.mem_bytes > 0 and op.us_per_iteration > 0:
             points.append(_point(op.op, cost.flops, cost.mem_bytes, 1e-6 * op.us_per_iteration, rates))
     return points
 

@@ -38,9 +38,19 @@ class Subject:
     known: KnownTimeline
 
     @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks; on a CPU they share one device."""
+        return ranks_of(self.result)
+
+    @property
     def title(self) -> str:
         series, pipeline = self.series.name, self.pipeline.name
         return series if pipeline in series else f"{series} ({pipeline})"
+
+
+def ranks_of(result: BenchResult) -> int:
+    """Tensor-parallel ranks of the engine that was measured."""
+    return int(result.engine.get("tensor_parallel_size", 1))
 
 
 def subjects(results: Sequence[BenchResult]) -> list[Subject]:
@@ -96,4 +106,5 @@ def _timeline(result: BenchResult, series: Series, spec: ModelSpec, pipeline: Pi
         timeline = measured_timeline(replace(pipeline, meta={"measured": measured_layer}))
         assert timeline is not None
         return KnownTimeline(timeline, f"measured in an iteration of {series.trace.batch_tokens} tokens")
-    return known_timeline(pipeline, spec, result.model.dtype, result.machine.rates)
+    machine, ranks = result.machine, ranks_of(result)
+    return known_timeline(pipeline, spec, result.model.dtype, machine.rates, ranks=ranks, devices=machine.devices)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from nanoflow.analysis.svg.axis import number
+from nanoflow.bench.numbers import PER_DEVICE, mean_energy, percent_of_floors
 from nanoflow.bench.report.bars import Bar, Group, Mark, draw_bars
 from nanoflow.bench.report.figure import Figure, Missing, Section, Table, both, percent
 from nanoflow.bench.result import BenchKind, BenchResult, Bound, Series
@@ -31,10 +32,22 @@ def throughput(results: Sequence[BenchResult]) -> Section:
     if not offline:
         return Missing(KEY, TITLE, "needs a result of `nanoflow bench offline MODEL --workload 512/512 -o FILE`")
     groups = [_group(title, members) for title, members in _by_workload(offline).items()]
-    rows = tuple(row for result in offline for row in _rows(result))
+    everything = [series for result in offline for series in measured(result)]
+    each = any(PER_DEVICE in series.numbers for series in everything)
+    joules = any(mean_energy(series.runs) is not None for series in everything)
+    rows = tuple(row for result in offline for row in _rows(result, each=each, joules=joules))
     table = Table(
         "Tokens a second are input and output, mean ± deviation over the runs.",
-        ("workload, engine", "tokens/s", "output tokens/s", "of its batches’ bound", "of the optimum"),
+        (
+            "workload, engine",
+            "tokens/s",
+            *(("a device",) if each else ()),
+            "output tokens/s",
+            "of its batches’ bound",
+            "of every floor",
+            "of the optimum",
+            *(("power", "a token") if joules else ()),
+        ),
         rows,
     )
     lead = (
@@ -94,6 +107,29 @@ def value_text(series: Series, name: str) -> str:
     return number(series.numbers[name]) + ("" if deviation is None else f" ± {number(deviation, 2)}")
 
 
+def device_text(series: Series) -> str:
+    """Throughput of one of several devices."""
+    return value_text(series, PER_DEVICE) if PER_DEVICE in series.numbers else "–"
+
+
+def floors_reached(series: Series) -> str:
+    """Percent of each floor under the work that was done."""
+    done = [run.bounds[0] for run in series.runs if run.bounds]
+    return ", ".join(f"{name} {percent(reached)}" for name, reached in percent_of_floors(done).items()) if done else "–"
+
+
+def energy_texts(series: Series) -> tuple[str, str]:
+    """Mean power and energy a token of all devices."""
+    energy = mean_energy(series.runs)
+    return ("–", "–") if energy is None else (f"{number(energy.mean_power_w)} W", f"{number(energy.mj_per_token)} mJ")
+
+
+def _reached(bound: Bound | None) -> str:
+    if bound is None:
+        return "–"
+    return f"{percent(bound.percent_of_bound)} of {number(bound.tokens_per_s)} ({bound.limit})"
+
+
 def _by_workload(results: Sequence[BenchResult]) -> dict[str, list[BenchResult]]:
     found: dict[str, list[BenchResult]] = {}
     for result in results:
@@ -127,7 +163,7 @@ def _group(title: str, results: Sequence[BenchResult]) -> Group:
     return Group(title, bars, list(marks.values()))
 
 
-def _rows(result: BenchResult) -> list[tuple[str, ...]]:
+def _rows(result: BenchResult, *, each: bool, joules: bool) -> list[tuple[str, ...]]:
     rows = []
     for series in measured(result):
         done, steady = done_bound(series), steady_bound(series)
@@ -135,11 +171,12 @@ def _rows(result: BenchResult) -> list[tuple[str, ...]]:
             (
                 f"{workload_label(result)}; {engine_label(result, series)}",
                 value_text(series, "tokens_per_s"),
+                *([device_text(series)] if each else []),
                 value_text(series, "output_tokens_per_s"),
-                *(
-                    "–" if b is None else f"{percent(b.percent_of_bound)} of {number(b.tokens_per_s)} ({b.limit})"
-                    for b in (done, steady)
-                ),
+                _reached(done),
+                floors_reached(series),
+                _reached(steady),
+                *(energy_texts(series) if joules else ()),
             )
         )
     return rows

@@ -74,7 +74,7 @@ function hello(found) {
   put("model", found.model);
   document.title = found.model + " · nanoflow dashboard";
   const rates = found.rates;
-  put("machine", rates === null ? `the rates of this machine are not known; nanoflow ${found.version}` : `${rates.name}, ${rates.dtype}: ${number(rates.flops_per_s / 1e9)} GFLOP/s, ` +
+  put("machine", rates === null ? `the rates of this machine are not known; nanoflow ${found.version}` : `${found.devices > 1 ? found.devices + " × " : ""}${rates.name}, ${rates.dtype}: ${number(rates.flops_per_s / 1e9)} GFLOP/s, ` +
     `${number(rates.mem_bytes_per_s / 1e9)} GB/s ${rates.measured ? "measured" : "published"}; nanoflow ${found.version}`);
   put("pipeline", `${found.pipeline}, ${found.dense_batch} tokens, ${found.nano_ops} nano-operations, ${found.lanes} ${found.lanes === 1 ? "lane" : "lanes"}`);
   get("charts").innerHTML = found.charts.join("");
