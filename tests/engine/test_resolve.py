@@ -58,6 +58,8 @@ def sizes(free_pages: float, dense_batch: int = 32, **options: Any) -> EngineCon
         ({"max_queued": 0}, "max_queued must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"dense_bach": 5}, "did you mean 'dense_batch'"),
+        ({"max_num_seqs": 5}, "here it is 'max_running'"),
+        ({"trust_remote_code": True}, "code of a model's folder is never run"),
         ({"pipeline_parallel_size": 2}, "unknown option 'pipeline_parallel_size'"),
         ({"model": ""}, "model is empty"),
     ],

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from nanoflow.core import peer_names
+
 EXIT_USAGE = 2
 
 
@@ -41,5 +43,11 @@ class SentenceParser(argparse.ArgumentParser):
 
     def _hint(self, word: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
+        peers = peer_names.normal(word) if word.startswith("--") else ""
+        same = "--" + peer_names.SAME.get(peers, "").replace("_", "-")
+        if same in known:
+            return f"; here it is {same}"
+        if peers in peer_names.NEEDLESS:
+            return f"; {peer_names.NEEDLESS[peers]}"
         near = difflib.get_close_matches(word.partition("=")[0], known, n=1) if word.startswith("-") else []
         return f"; did you mean {near[0]}?" if near else " here"

@@ -11,6 +11,7 @@ import difflib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from nanoflow.core import peer_names
 from nanoflow.core.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -161,13 +162,7 @@ class EngineConfig:
             elif name in owner:
                 values[owner[name]][name] = value
             else:
-                near = difflib.get_close_matches(name, [*owner, "pipeline"], n=1)
-                hint = (
-                    f"; did you mean {near[0]!r}?"
-                    if near
-                    else f"; known options: {', '.join(sorted([*owner, 'pipeline']))}."
-                )
-                raise ConfigError(f"unknown option {name!r}{hint}")
+                raise ConfigError(f"unknown option {name!r}; {_hint(name, [*owner, 'pipeline'])}")
         if "model" not in values["model"]:
             raise ConfigError("option 'model' is missing; name a preset, a folder or a .gguf file.")
         return cls(**{section: kind(**values[section]) for section, kind in sections.items()}, **top)
@@ -175,3 +170,13 @@ class EngineConfig:
     def with_options(self, section: str, **changes: Any) -> EngineConfig:
         """A copy with fields of one section (`model`, `cache`, `scheduler`, `device`) replaced."""
         return replace(self, **{section: replace(getattr(self, section), **changes)})
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown option: another engine's name for one, the nearest one, or all."""
+    if peer_names.SAME.get(name) in known:
+        return f"here it is {peer_names.SAME[name]!r}."
+    if name in peer_names.NEEDLESS:
+        return f"{peer_names.NEEDLESS[name]}."
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(sorted(known))}."
