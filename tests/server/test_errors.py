@@ -173,8 +173,9 @@ def test_unknown_model(client: openai.OpenAI) -> None:
     ("method", "path", "status", "hint"),
     [
         ("GET", "/", 404, "there are /v1/chat/completions"),
+        ("GET", "/v1", 404, "there are /v1/chat/completions"),
         ("POST", "/v1/chat/completion", 404, "did you mean /v1/chat/completions"),
-        ("POST", "/v1/embeddings", 404, "nothing at /v1/embeddings"),
+        ("POST", "/v1/embeddings", 404, "nothing at /v1/embeddings; there are"),
         ("GET", "/v1/models/", 404, "does not exist|nothing at"),
         ("GET", CHAT, 405, "use POST"),
         ("DELETE", "/v1/models", 405, "use GET"),

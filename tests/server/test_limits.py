@@ -12,6 +12,7 @@ import pytest
 from tests.server.conftest import RunningServer, running_server, wait_until
 from tests.server.fake_engine import ANSWER, MODEL, FakeEngine
 
+from nanoflow.cli.main import main
 from nanoflow.core.errors import ConfigError
 from nanoflow.server.config import ServerConfig
 from nanoflow.server.run import listen
@@ -188,8 +189,16 @@ def test_bad_option(option: dict[str, object]) -> None:
 
 
 def test_taken_port(fake: RunningServer) -> None:
-    with pytest.raises(ConfigError, match="choose another --port"):
+    with pytest.raises(ConfigError, match="Address already in use; choose another --port"):
         listen(ServerConfig(port=fake.port))
+
+
+def test_a_taken_port_is_noticed_before_the_model_is_loaded(
+    fake: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nanoflow.cli.serve.start_engine", lambda *_: pytest.fail("the engine was started"))
+    assert main(["serve", "smollm2", "--port", str(fake.port)]) == 2
+    assert "choose another --port" in capsys.readouterr().err
 
 
 def test_answers_do_not_wait_for_delayed_acks(fake: RunningServer) -> None:

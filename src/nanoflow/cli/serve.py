@@ -27,9 +27,10 @@ def run(args: argparse.Namespace) -> int:
     config = EngineConfig.from_options(**options.engine_options(args))
     server_config = ServerConfig(**options.chosen(args, ServerConfig))
     scaleout = ScaleoutConfig(**options.chosen(args, ScaleoutConfig))
-    from nanoflow.server.run import serve
+    from nanoflow.server.run import listen, serve
     from nanoflow.server.watch import report_or_none
 
+    listen(server_config).close()  # a port that is taken must not come to light after minutes of loading
     engine = start_engine(config, scaleout)
     try:
         report_or_none(engine, 1.0, WorkDone())  # measures a new machine now, not under load for the dashboard

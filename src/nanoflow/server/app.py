@@ -91,6 +91,7 @@ async def _routing_error(request: Request, exc: Exception) -> Response:
         allowed = (exc.headers or {}).get("Allow", "another method")
         message = f"{path} does not take {request.method}; use {allowed}."
         raise ApiError(405, message, code="method_not_allowed", headers=dict(exc.headers or {}))
-    near = difflib.get_close_matches(path, KNOWN_PATHS, n=1, cutoff=0.5)
+    root = any(known.startswith(path.rstrip("/") + "/") for known in KNOWN_PATHS)
+    near = [] if root else difflib.get_close_matches(path, KNOWN_PATHS, n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KNOWN_PATHS)}."
     raise ApiError(exc.status_code, f"There is nothing at {path}; {hint}", code="not_found")

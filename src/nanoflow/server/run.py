@@ -127,7 +127,10 @@ def listen(config: ServerConfig) -> socket.socket:
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=2048)
     except (OSError, UnicodeError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
+        if isinstance(exc, OSError) and not isinstance(exc, socket.gaierror) and exc.errno:
+            reason: object = os.strerror(exc.errno)  # create_server's own words name the address once more
+        else:
+            reason = getattr(exc, "strerror", None) or exc
         raise ConfigError(
             f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port or --host."
         ) from exc
