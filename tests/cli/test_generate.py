@@ -130,6 +130,12 @@ def test_logprobs_are_in_the_json(llm: FakeLLM, capsys: pytest.CaptureFixture[st
     assert row["token_ids"] == [7]
 
 
+def test_logprobs_that_nobody_would_see_are_refused(llm: FakeLLM, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "m", "--prompt", "Hi", "--logprobs", "2"]) == 2
+    assert "--logprobs is shown with --json only" in capsys.readouterr().err
+    assert not llm.inputs
+
+
 def test_a_failed_request_fails_the_command(llm: FakeLLM) -> None:
     llm.finish_reason = "error"
     assert main(["generate", "m", "--prompt", "Hi"]) == 1

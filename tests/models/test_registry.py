@@ -39,7 +39,8 @@ def test_random_preset_opens_without_a_download() -> None:
         ("llama-3-8b", "gguf", "comes without gguf weights"),
         ("smollm2", "safetensors", "comes without safetensors weights"),
         ("lama-3-8b", "auto", "did you mean llama-3-8b"),
-        ("meta-llama/unknown", "auto", "no folder, no .gguf file and no preset"),
+        ("meta-llama/unknown", "auto", "nothing is downloaded; .* `hf download meta-llama/unknown --local-dir FOLDER`"),
+        ("./unknown", "auto", "no folder, no .gguf file and no preset; presets are"),
     ],
 )
 def test_unknown_or_weightless(model: str, load_format: str, match: str) -> None:

@@ -45,7 +45,8 @@ class JobStatus:
         counts, tokens = self.counts, self.counts.tokens
         text = f"{self.state}: {counts.done} of {self.requests} requests done, {counts.failed} of them failed; "
         cached = f" ({tokens.cached} of them from the cache)" if tokens.cached else ""
-        text += f"{tokens.prompt} tokens in{cached}, {tokens.output} out, {self.tokens_per_s:.1f} tokens/s"
+        text += f"{tokens.prompt} tokens in{cached}, {tokens.output} out"
+        text += f", {self.tokens_per_s:.1f} tokens/s over all runs" if self.tokens_per_s else ""
         if self.state == "interrupted":
             text += "; the same command goes on with it"
         elif self.state == "running" and self.seconds_left is not None:

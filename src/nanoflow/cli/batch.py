@@ -123,5 +123,5 @@ def print_status(status: JobStatus, *, as_json: bool, report: dict[str, Any] | N
         print(json.dumps(status.to_dict() | ({} if report is None else {"run": report})))
         return
     print(status.summary())
-    if report is not None:
-        print(report["summary"])
+    if report is not None and status.counts.tokens.output:  # nothing computed has no speed
+        print(f"computed in this run: {report['summary']}")

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Read the prompts, load the model, answer, print."""
     engine_options = options.engine_options(args)
     items = read_prompts(args)
+    _check_shown(args)
     llm = load_llm(engine_options)
     try:
         inputs = [model_input(item, llm, chat=args.chat, raw=args.raw) for item in items]
@@ -54,6 +55,13 @@ def run(args: argparse.Namespace) -> int:
         llm.shutdown()
     failed = any(choice.finish_reason == "error" for result in results for choice in result.outputs)
     return 1 if failed else 0
+
+
+def _check_shown(args: argparse.Namespace) -> None:
+    """Refuse to compute what only `--json` shows."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if hasattr(args, name) and not args.json:
+            raise ConfigError(f"{options.flag(name)} is shown with --json only; add it.")
 
 
 def load_llm(engine_options: dict[str, Any]) -> LLM:

@@ -198,9 +198,9 @@ def choose_pipeline(
             )
     pipeline.validate(graph)
     _log.info(
-        "pipeline: %s, %d nano-operations a layer on %d lanes",
+        "pipeline: %s, %d nano-operations a layer on %s",
         pipeline.name,
         len(pipeline.nano_ops),
-        len(pipeline.lanes),
+        "one lane" if len(pipeline.lanes) == 1 else f"{len(pipeline.lanes)} lanes",
     )
     return pipeline

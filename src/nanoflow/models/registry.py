@@ -5,6 +5,7 @@ Nothing large is read here: weights and tokenizer open when they are asked for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,11 @@ def resolve_model(model: str, load_format: str = "auto", *, seed: int = 0) -> Mo
         return _from_folder(path, load_format, seed)
     if path.is_file():
         return _from_file(path, load_format, seed)
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not model.endswith(".gguf"):
+        raise ModelLoadError(
+            f"{model!r} is no folder, no .gguf file and no preset here, and nothing is downloaded; if it is a name on "
+            f"the Hugging Face hub, run `hf download {model} --local-dir FOLDER` and give FOLDER."
+        )
     raise ModelLoadError(
         f"{model!r} is no folder, no .gguf file and no preset; {preset_hint(model)} See `nanoflow models`."
     )
