@@ -23,6 +23,7 @@ from nanoflow.models.loading import load_weights
 from nanoflow.pipeline.graph import layer_graph
 from tests.distributed.in_process import sharded
 from tests.distributed.pipelines import DENSE_BATCH, PIPELINES
+from tests.e2e.real_model import read_once
 from tests.e2e.tiny_models import BACKENDS, run, save_tiny_model
 
 TEXTS = ("The capital of France is", "1, 2, 3, 4, 5,", "Water boils at")
@@ -33,7 +34,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6)
 def engine() -> Iterator[Engine]:
     options = {"dtype": "float32", "kv_memory_bytes": 1 << 26, "device": "cpu", "dense_batch": DENSE_BATCH}
     config = EngineConfig.from_options(model="smollm2", enable_prefix_caching=False, max_model_len=512, **options)
-    engine = build_engine(config, show_progress=False)
+    with read_once():
+        engine = build_engine(config, show_progress=False)
     yield engine
     engine.close()
 

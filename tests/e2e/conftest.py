@@ -12,6 +12,13 @@ from nanoflow.core.request import CompletionOutput
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.llm import LLM
 from nanoflow.models.registry import resolve_model
+from tests.e2e.real_model import read_once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _real_model_is_read_once() -> Iterator[None]:
+    with read_once():
+        yield
 
 
 @pytest.fixture(scope="session")

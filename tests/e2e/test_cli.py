@@ -1,7 +1,11 @@
-"""The command line with the real small model: a right answer, clean JSON, a file of prompts, a piped chat."""
+"""The command line with the real small model: a right answer, clean JSON, a file of prompts, a piped chat.
+
+One command and the server run as processes, as users start them; the others only need `main`, which both go through.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,23 +13,41 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import nanoflow
+from nanoflow.cli.main import main
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(nanoflow.__file__).parent.parent)}
 FRANCE = "What is the capital of France?"
 
 
-def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process; what comes back is what `subprocess.run` gives."""
+
+    def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main(words)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, said.out, said.err)
+
+    return run
+
+
+def run_process(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nanoflow.cli.main", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, input=stdin, check=False, timeout=180)
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, input="", check=False, timeout=180)
 
 
 def test_the_capital_of_france() -> None:
-    done = run("generate", "smollm2", "--prompt", FRANCE, "--max-tokens", "16", "--temperature", "0", "--json")
+    done = run_process("generate", "smollm2", "--prompt", FRANCE, "--max-tokens", "16", "--temperature", "0", "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert "Paris" in answer["text"]
@@ -37,7 +59,7 @@ def test_the_capital_of_france() -> None:
     assert "bound" in done.stderr
 
 
-def test_a_file_of_prompts_and_stdin(tmp_path: Path) -> None:
+def test_a_file_of_prompts_and_stdin(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     lines = [
         {"id": "chat", "messages": [{"role": "user", "content": FRANCE}]},
@@ -58,7 +80,7 @@ def test_a_file_of_prompts_and_stdin(tmp_path: Path) -> None:
     assert ids_0["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 
 
-def test_a_piped_chat_remembers() -> None:
+def test_a_piped_chat_remembers(run: Run) -> None:
     options = ("--temperature", "0", "--max-tokens", "24", "--dtype", "float32")
     done = run("chat", "smollm2", *options, stdin=f"{FRANCE}\nRepeat that.\n/quit\nnever read\n")
     assert done.returncode == 0, done.stderr
@@ -90,14 +112,14 @@ def test_serve_answers_and_drains() -> None:
             server.kill()
 
 
-def test_an_unknown_model_is_a_sentence() -> None:
+def test_an_unknown_model_is_a_sentence(run: Run) -> None:
     done = run("generate", "smolm2", "--prompt", "x")
     assert (done.returncode, done.stdout) == (2, "")
     assert "smollm2" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_doctor_says_what_will_be_used() -> None:
+def test_doctor_says_what_will_be_used(run: Run) -> None:
     done = run("doctor", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -108,7 +130,7 @@ def test_doctor_says_what_will_be_used() -> None:
     assert found["rates"]["mem_bytes_per_s"] > 1e8
 
 
-def test_models_lists_presets_and_the_packaged_weights() -> None:
+def test_models_lists_presets_and_the_packaged_weights(run: Run) -> None:
     done = run("models", "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in map(json.loads, done.stdout.splitlines()) if "name" in row}

@@ -41,14 +41,23 @@ def brute_force_stage2(problem: Problem, instance: Instance, order: Schedule | N
         instances = [instance.with_forms(chosen) for chosen in _form_choices(instance)]
         cases = [(one, orders) for one in instances for orders in _lane_orders(one)]
     for one, orders in cases:
-        for shares in product(sorted(problem.shares), repeat=len(one)):
-            times = [problem.time_us(task, share) for task, share in zip(one.tasks, shares, strict=True)]
-            if max(times) == float("inf") or (best is not None and max(times) >= best.period_us):
+        table = [{share: problem.time_us(task, share) for share in problem.shares} for task in one.tasks]
+        for shares in product(sorted(problem.shares, reverse=True), repeat=len(one)):
+            times = [of_task[share] for of_task, share in zip(table, shares, strict=True)]
+            least = _least_period_us(one, shares, times)
+            if least == float("inf") or (best is not None and least >= best.period_us):
                 continue
             for apart in _separations(one, shares):
                 best = _better(best, Schedule(problem, one, shares, (*orders, *apart)))
     assert best is not None, "one after the other always works"
     return best
+
+
+def _least_period_us(instance: Instance, shares: Sequence[float], times: Sequence[float]) -> float:
+    """No period with these shares is shorter: a resource has one task at a time, and shares never exceed 1 in sum."""
+    busiest = max(sum(times[index] for index in tasks) for tasks in instance.by_resource().values())
+    area = sum(share * time for share, time in zip(shares, times, strict=True))
+    return max(busiest, area / (1.0 + SHARE_EPSILON))
 
 
 def _better(best: Schedule | None, schedule: Schedule) -> Schedule | None:
