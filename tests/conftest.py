@@ -10,7 +10,7 @@ import pytest
 
 
 def pytest_collection_finish() -> None:
-    """Leave thousands of tests and all imports out of garbage collections: going through them takes a tenth of a run."""
+    """Leave the thousands of tests and all that is imported out of garbage collections, which took 3 % of a run."""
     gc.collect()
     gc.freeze()
 

@@ -1,8 +1,8 @@
 """The packaged real model, read once a process: many engines here are of it, and reading takes longer than most tests.
 
-Engines that share it differ in everything else (batch size, KV memory, ranks of the server). Nothing writes to weights or
-to a tokenizer, so no test can tell; that a process reads and packs them rightly from the start is what the tests show
-that start processes (`test_cli.py`, `test_kill_storm.py`, `test_load_memory.py`).
+Nothing writes to weights or to a tokenizer, so engines that share them may differ in everything else (batch size, KV
+memory, pipeline). That a process reads and packs them rightly from the start is shown by the tests that start processes:
+`test_cli.py`, `test_kill_storm.py`, `test_load_memory.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _packed: dict[tuple[str, torch.dtype], DecoderWeights] = {}
 @functools.cache
 def _files() -> ModelFiles:
     files = resolve_model(NAME)
-    opened = {name: functools.cache(getattr(files, name)) for name in ("open_weights", "load_tokenizer")}
-    return dataclasses.replace(files, **opened)
+    weights, tokenizer = functools.cache(files.open_weights), functools.cache(files.load_tokenizer)
+    return dataclasses.replace(files, open_weights=weights, load_tokenizer=tokenizer)
 
 
 def _resolve(model: str, load_format: str = "auto", **options: Any) -> ModelFiles:
