@@ -16,6 +16,7 @@ from nanoflow.analysis.profile_table import ProfileTable
 from nanoflow.bench import variants
 from nanoflow.bench.ablation import AblationOptions, run_ablation
 from nanoflow.bench.workloads import make_requests
+from nanoflow.cli.tune import print_report
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError, RankFailedError
 from nanoflow.core.hardware import MachineRates
@@ -103,7 +104,9 @@ def test_the_profile_holds_every_collective_and_what_runs_beside_it(tuning: Tuni
     assert all(pair["other_implementation"] == "library" for pair in pairs)
 
 
-def test_tuning_compares_the_kinds_of_overlap_and_keeps_one_for_two_ranks(tuning: Tuning, folder: Path) -> None:
+def test_tuning_compares_the_kinds_of_overlap_and_keeps_one_for_two_ranks(
+    tuning: Tuning, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [one["name"] for one in tuning.report["candidates"]]
     assert {"sequential", "nano-batches", "network-overlap-0.05", "sequential-two_shot_norm"} <= set(names)
     forms = {one["name"]: one for one in tuning.report["candidates"] if "form_of" in one}
@@ -114,6 +117,9 @@ def test_tuning_compares_the_kinds_of_overlap_and_keeps_one_for_two_ranks(tuning
         assert form["collectives"] == ["two_shot_norm"]
         saved = by_name[form["form_of"]]["measured_layer_us"] - form["measured_layer_us"]
         assert form["saved_layer_us"] == pytest.approx(saved)
+        print_report(tuning)
+        than = f"µs a layer {'less' if saved >= 0 else 'more'} than {form['form_of']}"
+        assert f"{form['name']} takes {abs(saved):.1f} {than}" in capsys.readouterr().out
     assert all(one["measured_layer_us"] > 0 < one["predicted_layer_us"] for one in tuning.report["candidates"])
     assert "-r2-" in tuning.path.name
     contenders = [one for one, _ in tuned.verified(tuning_key(open_workbench(config(folder), WORKLOAD)))]

@@ -78,7 +78,9 @@ def print_report(tuning: Tuning) -> None:
         )
     for one in report["candidates"]:
         if "form_of" in one:
-            print(f"{one['name']}: {one['saved_layer_us']:+.1f} µs a layer saved over {one['form_of']}")
+            saved_us = one["saved_layer_us"]
+            compared = f"{abs(saved_us):.1f} µs a layer {'less' if saved_us >= 0 else 'more'} than"
+            print(f"{one['name']} takes {compared} {one['form_of']}")
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     print(f"winner after {report['rounds']} rounds: {report['winner']} ({seconds})")
     print(f"kept in {tuning.path}; --pipeline auto uses it from now on")
