@@ -35,6 +35,12 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def greedy(engine: Engine) -> list[list[int]]:
+    """Tokens of the prompts on one rank."""
+    return run(engine, PROMPTS, GREEDY)
+
+
 def on_ranks(engine: Engine, name: str, ranks: int, folder: Path, params: object) -> list[list[int]]:
     """Tokens of the prompts by pipeline `name` on `ranks` ranks."""
     config = engine.config.with_options("device", tensor_parallel_size=ranks, threads=ranks)
@@ -48,9 +54,8 @@ def on_ranks(engine: Engine, name: str, ranks: int, folder: Path, params: object
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_two_ranks_in_every_pipeline(engine: Engine, name: str, tmp_path: Path) -> None:
-    expected = run(engine, PROMPTS, GREEDY)
-    assert on_ranks(engine, name, 2, tmp_path, GREEDY) == expected
+def test_two_ranks_in_every_pipeline(engine: Engine, greedy: list[list[int]], name: str, tmp_path: Path) -> None:
+    assert on_ranks(engine, name, 2, tmp_path, GREEDY) == greedy
 
 
 def test_seeds_hold_for_any_number_of_ranks(engine: Engine, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The packaged real model, read once a process: many engines here are of it, and reading takes longer than most tests.
 
 Nothing writes to weights or to a tokenizer, so engines that share them may differ in everything else (batch size, KV
-memory, pipeline). That a process reads and packs them rightly from the start is shown by the tests that start processes:
+memory, pipeline). That a process reads and packs them rightly from the start is shown by the tests that start some:
 `test_cli.py`, `test_kill_storm.py`, `test_load_memory.py`.
 """
 

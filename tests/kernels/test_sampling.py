@@ -122,7 +122,8 @@ def test_a_row_does_not_depend_on_its_neighbours(kernels: Kernels) -> None:
 def test_backends_draw_the_same_tokens(
     native_f32: NativeKernels, reference: ReferenceKernels, vocab: int, options: dict[str, Any]
 ) -> None:
-    logits = torch.randn(40, vocab + 3, generator=torch.Generator().manual_seed(vocab))[:, :vocab] * 3
+    rows = 40 if vocab < 10_000 else 12
+    logits = torch.randn(rows, vocab + 3, generator=torch.Generator().manual_seed(vocab))[:, :vocab] * 3
     assert torch.equal(draw(native_f32, logits, **options), draw(reference, logits, **options))
 
 

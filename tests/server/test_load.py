@@ -9,7 +9,7 @@ from tests.server.conftest import RunningServer, running_server
 from tests.server.fake_engine import ANSWER, MODEL, FakeEngine
 
 N_CLIENTS = 200
-N_TOKENS = 40
+N_TOKENS = 16
 EXPECTED = ANSWER[:N_TOKENS]
 
 

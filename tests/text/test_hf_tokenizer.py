@@ -27,6 +27,20 @@ def folder(smollm2: HfTokenizer, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder with a byte-level tokenizer of a few tokens, quick to read: for what no vocabulary changes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "a": 3, "Ġ": 4, "b": 5, "aa": 6}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "a")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(list(vocabulary)[:3])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    return tmp_path
+
+
 def test_folder_is_read_whole(folder: Path, smollm2: HfTokenizer) -> None:
     tokenizer = load_tokenizer_folder(folder, eos_ids=(0, 2))
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (1, (0, 2), 49_152)
@@ -35,61 +49,63 @@ def test_folder_is_read_whole(folder: Path, smollm2: HfTokenizer) -> None:
     assert load_tokenizer_folder(folder / "tokenizer.json").encode("a") == smollm2.encode("a")
 
 
-def test_template_file_outranks_the_config(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text("from the file")
-    assert load_tokenizer_folder(folder).render_chat([{"role": "user", "content": "x"}]) == "from the file"
+def test_template_file_outranks_the_config(small: Path) -> None:
+    (small / "chat_template.jinja").write_text("from the file")
+    assert load_tokenizer_folder(small).render_chat([{"role": "user", "content": "x"}]) == "from the file"
 
 
-def test_named_templates(folder: Path) -> None:
+def test_named_templates(small: Path) -> None:
     templates = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
-    assert load_tokenizer_folder(folder).render_chat([{"role": "user", "content": "x"}]) == "d"
+    (small / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert load_tokenizer_folder(small).render_chat([{"role": "user", "content": "x"}]) == "d"
 
 
-def test_special_tokens_map_stands_in(folder: Path) -> None:
-    (folder / "tokenizer_config.json").unlink()
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    assert load_tokenizer_folder(folder).eos_ids == (2,)
+def test_special_tokens_map_stands_in(small: Path) -> None:
+    (small / "tokenizer_config.json").unlink()
+    (small / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    assert load_tokenizer_folder(small).eos_ids == (2,)
 
 
 @pytest.mark.parametrize("add_bos", [True, False, None])
-def test_add_bos_of_the_config_outranks_the_file(folder: Path, add_bos: bool | None) -> None:
+def test_add_bos_of_the_config_outranks_the_file(small: Path, add_bos: bool | None) -> None:
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
     for file_adds in (True, False):
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend = Tokenizer.from_file(str(small / "tokenizer.json"))
         single = "<|im_start|> $A" if file_adds else "$A"
         backend.post_processor = TemplateProcessing(single=single, special_tokens=[("<|im_start|>", 1)])
-        backend.save(str(folder / "tokenizer.json"))
+        backend.save(str(small / "tokenizer.json"))
         config = {"bos_token": "<|im_start|>"} | ({} if add_bos is None else {"add_bos_token": add_bos})
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        ids = load_tokenizer_folder(folder).encode("a")
+        (small / "tokenizer_config.json").write_text(json.dumps(config))
+        ids = load_tokenizer_folder(small).encode("a")
         assert (ids[0] == 1) is (file_adds if add_bos is None else add_bos)
         assert len(ids) == 1 + (ids[0] == 1)
 
 
-def test_truncation_and_padding_of_the_file_are_ignored(folder: Path, smollm2: HfTokenizer) -> None:
+def test_truncation_and_padding_of_the_file_are_ignored(small: Path) -> None:
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "a b aa a b b aa"
+    whole = load_tokenizer_folder(small).encode(text)
+    assert 4 < len(whole) < 64
+    backend = Tokenizer.from_file(str(small / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
-    backend.save(str(folder / "tokenizer.json"))
-    text = "one two three four five six seven"
-    assert load_tokenizer_folder(folder).encode(text) == smollm2.encode(text)
+    backend.save(str(small / "tokenizer.json"))
+    assert load_tokenizer_folder(small).encode(text) == whole
 
 
-def test_damaged_files_are_named(folder: Path) -> None:
-    (folder / "tokenizer_config.json").write_text("{")
+def test_damaged_files_are_named(small: Path) -> None:
+    (small / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelLoadError, match=r"tokenizer_config\.json cannot be read"):
-        load_tokenizer_folder(folder)
-    (folder / "tokenizer.json").write_text("{}")
+        load_tokenizer_folder(small)
+    (small / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be read"):
-        load_tokenizer_folder(folder)
-    (folder / "tokenizer.json").unlink()
+        load_tokenizer_folder(small)
+    (small / "tokenizer.json").unlink()
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json is missing"):
-        load_tokenizer_folder(folder)
+        load_tokenizer_folder(small)
 
 
 def test_unknown_decoder_is_refused(tmp_path: Path) -> None:
