@@ -218,6 +218,31 @@ def test_a_bad_file_is_named(name: str, tmp_path: Path) -> None:
         Pipeline.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda d: d.pop("format"), 'lacks field .format.; add "format": 1'),
+        (
+            lambda d: d["nano_ops"][2].update(op="gateup"),
+            "nano-operation 2 has the unknown op 'gateup'; known are qkv,",
+        ),
+        (lambda d: d["nano_ops"][1].pop("lane"), "nano-operation 1 lacks lane"),
+        (lambda d: d["nano_ops"][1].update(layer=1), "nano-operation 1 has an unknown field 'layer'"),
+        (lambda d: d["lanes"][0].update(cores=1), "lane 0 has an unknown field 'cores'; known are name, share"),
+        (lambda d: d.update(model="x"), "the pipeline has an unknown field 'model'"),
+    ],
+)
+def test_a_mistake_in_a_hand_written_file_is_pointed_at(change: Callable[[dict[str, Any]], Any], sentence: str) -> None:
+    with pytest.raises(PipelineError, match=sentence):
+        Pipeline.from_json(edited(change).decode())
+
+
+def test_the_documented_example_is_a_whole_pipeline() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "pipeline-format.md"
+    example = Pipeline.from_json(page.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0])
+    example.validate(layer_graph(PRESETS[example.meta["model"]]))
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.json", tmp_path):
         with pytest.raises(PipelineError, match=str(path)):

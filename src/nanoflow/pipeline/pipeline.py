@@ -8,7 +8,7 @@ Everything else, such as what must wait for what, follows from the model's op gr
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ FORMAT_VERSION = 1
 
 COPY_OPS = frozenset({Op.KV_OFFLOAD, Op.KV_RELOAD})
 """Optional: they only name the lane for copies of KV pages, which run when there are any, beside whatever runs then."""
+
+_ELSEWHERE = {Op.EMBED, Op.LM_HEAD, Op.SAMPLE, Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER}
+LAYER_OPS = tuple(op for op in Op if op not in _ELSEWHERE)
+"""What a pipeline may name; which of them a layer has depends on the model and its ranks."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +192,18 @@ class Pipeline:
         """Read the JSON form. Raises `PipelineError` that says which field is wrong."""
         try:
             data = json.loads(text)
-            if data.get("format") != FORMAT_VERSION:
+            if "format" not in data:
+                raise PipelineError(f"the pipeline lacks field 'format'; add \"format\": {FORMAT_VERSION}.")
+            if data["format"] != FORMAT_VERSION:
                 raise PipelineError(f"pipeline format {data.get('format')!r} is not {FORMAT_VERSION}; make it anew.")
+            _check_fields("the pipeline", data, {"format", *(item.name for item in fields(cls))})
+            for number, lane in enumerate(data["lanes"]):
+                _check_fields(f"lane {number}", lane, {item.name for item in fields(LaneSpec)})
             return cls(
                 name=str(data["name"]),
                 dense_batch=_whole(data["dense_batch"]),
                 lanes=tuple(LaneSpec(str(lane["name"]), float(lane["share"])) for lane in data["lanes"]),
-                nano_ops=tuple(_read_nano_op(nano) for nano in data["nano_ops"]),
+                nano_ops=tuple(_read_nano_op(number, nano) for number, nano in enumerate(data["nano_ops"])),
                 meta=dict(data.get("meta", {})),
             )
         except PipelineError:
@@ -221,7 +230,19 @@ class Pipeline:
             raise PipelineError(f"{path}: {error}") from error
 
 
-def _read_nano_op(data: dict[str, Any]) -> NanoOp:
+def _check_fields(what: str, data: dict[str, Any], known: set[str]) -> None:
+    """Refuse a field that would be ignored, such as a misspelt one."""
+    for name in data.keys() - known:
+        raise PipelineError(f"{what} has an unknown field {name!r}; known are {', '.join(sorted(known))}.")
+
+
+def _read_nano_op(number: int, data: dict[str, Any]) -> NanoOp:
+    what = f"nano-operation {number}"
+    _check_fields(what, data, {item.name for item in fields(NanoOp)})
+    if missing := {"op", "start", "stop", "lane"} - data.keys():
+        raise PipelineError(f"{what} lacks {' and '.join(sorted(missing))}; add it.")
+    if data["op"] not in LAYER_OPS:
+        raise PipelineError(f"{what} has the unknown op {data['op']!r}; known are {', '.join(LAYER_OPS)}.")
     after = tuple(Dependency(_whole(dep["producer"]), _whole(dep["layer_back"])) for dep in data.get("after", ()))
     return NanoOp(
         op=Op(data["op"]),
