@@ -76,7 +76,7 @@ class Bench:
         lanes, allocate = open_symmetric(groups, device, names, scratch_bytes=largest)
         self.collectives: dict[str, Collectives] = {name: lanes.at(0, name) for name in (LIBRARY, *names)}
         self.x = allocate((largest // 2,), BF16)
-        memory = SymmetricMemory(device)
+        memory = SymmetricMemory(device, groups)
         self.fused_x = memory.empty((largest // 2,), BF16, [groups.lanes[0]])
         room = largest * (groups.size - 1)  # one-shot for messages of every size: this is to see from where it loses
         self.fused: dict[str, Callable[..., None]] = {}

@@ -132,7 +132,7 @@ def opened(kind: str, rank: int, ranks: int, folder: Path) -> Iterator[Checks]:
     else:
         from nanoflow.distributed.symmetric import SymmetricMemory
 
-        yield Checks(groups, SymmetricMemory(device), device)
+        yield Checks(groups, SymmetricMemory(device, groups), device)
     groups.smallest(0)
     groups.abort()
 

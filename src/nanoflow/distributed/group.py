@@ -25,6 +25,10 @@ c10d: Any = _c10d
 """Much of it carries no annotations."""
 _FileStore: Any = dist.__dict__.get("FileStore")
 
+_NAMES = 1000
+"""Numbers set apart for the groups of one engine: see `_start_nccl`."""
+_engines_before = 0
+
 START_TIMEOUT = timedelta(minutes=30)
 """Ranks read weights and compile kernels at different speeds; one that dies is noticed by other means."""
 
@@ -33,12 +37,14 @@ LANE_TIMEOUT = timedelta(seconds=120)
 
 WORKER_ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
+    "NCCL_CGA_CLUSTER_SIZE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
 }
-"""NVLink multicast stays off: it is a resource of the whole host. And torch's NCCL watchdog must not end processes:
-who notices that a rank has gone tells the requests first (`engine/ranks.py`)."""
+"""NVLink multicast stays off: it is a resource of the whole host. NCCL's kernels come without clusters of blocks, which a
+lane on a part of the multiprocessors has no place for (CUDA error 912). And torch's NCCL watchdog must not end
+processes: who notices that a rank has gone tells the requests first (`engine/ranks.py`)."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,13 @@ def _start_nccl(store: Any, rank: int, size: int, device: torch.device) -> None:
         raise ConfigError(
             "torch.distributed is in use in this process already; start nanoflow in a process of its own."
         )
+    # Torch names groups by a count that begins anew with each default group, while symmetric memory remembers each
+    # name's first store. So rank 0, which may serve engine after engine, tells new names.
+    global _engines_before
+    if rank == 0:
+        store.set("names", str(_NAMES * _engines_before))
+        _engines_before += 1
+    c10d._world.group_count = int(store.get("names"))
     dist.init_process_group(
         "nccl",
         store=c10d.PrefixStore("default", store),

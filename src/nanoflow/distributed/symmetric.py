@@ -13,6 +13,7 @@ out on purpose: NVLink multicast stays off.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from collections.abc import Collection, Mapping
@@ -43,21 +44,53 @@ def _symm_mem() -> Any:
     return importlib.import_module("torch.distributed._symmetric_memory")
 
 
-class SymmetricMemory:
-    """Symmetric buffers of one process: all lanes' groups have the same members, so one rendezvous each serves all."""
+_ALONE = "nanoflow-alone"
 
-    def __init__(self, device: torch.device) -> None:
+
+class SymmetricMemory:
+    """Symmetric buffers of one process: all lanes' groups have the same members, so one rendezvous each serves all.
+
+    Every rank must make it alike. Torch (2.13 and before) gives each exchange of addresses the number of those that
+    this process had before, whoever took part, and two processes that count differently wait for each other for ever
+    (pytorch issue 196082). A process that has served an earlier engine is ahead of new ones, so these catch up.
+    """
+
+    _n_meetings = 0  # of this process, whatever the engine
+
+    def __init__(self, device: torch.device, groups: Groups) -> None:
         self._device = device
         self._module = _symm_mem()
         self._shared: list[Tensor] = []
+        for _ in range(groups.largest([self._n_meetings])[0] - self._n_meetings):
+            self._meet(self._allocate((_VECTOR_BYTES,), torch.uint8), self._alone())
+
+    def _alone(self) -> str:
+        """The name of a group of nobody else."""
+        bindings = importlib.import_module("torch._C._distributed_c10d")
+        try:
+            bindings._resolve_process_group(_ALONE)
+        except RuntimeError:
+            store = bindings.HashStore()
+            bindings._register_process_group(_ALONE, bindings.ProcessGroup(store, 0, 1))
+            with contextlib.suppress(RuntimeError):  # known to this process from an earlier engine
+                self._module._SymmetricMemory.set_group_info(_ALONE, 0, 1, store)
+        return _ALONE
+
+    def _meet(self, buffer: Tensor, group: Any) -> None:
+        self._module.rendezvous(buffer, group)
+        SymmetricMemory._n_meetings += 1
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+        # An allocation of its own: a place in a pool would not begin where handles count from.
+        made: Tensor = self._module._SymmetricMemory.empty_strided_p2p(shape, strides, dtype, self._device)
+        return made
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, groups: Collection[Group]) -> Tensor:
         """A buffer that collectives of `groups` can work on in place. Every rank must call it alike."""
-        strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
-        # An allocation of its own: a place in a pool would not begin where handles count from.
-        buffer: Tensor = self._module._SymmetricMemory.empty_strided_p2p(shape, strides, dtype, self._device)
+        buffer = self._allocate(shape, dtype)
         for group in groups:
-            self._module.rendezvous(buffer, group.handle)
+            self._meet(buffer, group.handle)
         self._shared.append(buffer)
         return buffer
 
@@ -217,9 +250,9 @@ def open_symmetric(
     `default` is what an operation takes that names none, `one_shot_bytes` and `blocks` are those of `ReduceNorm`.
     Raises `ConfigError` if the GPUs do not reach each other's memory.
     """
-    memory = SymmetricMemory(device)
     by_lane: dict[int, Mapping[str, Collectives]] = {}
     try:
+        memory = SymmetricMemory(device, groups)
         for lane, group in sorted(groups.lanes.items()):
             scratch = memory.empty((scratch_bytes,), torch.uint8, [group])
             own: dict[str, Collectives] = {LIBRARY: LibraryCollectives(group)}
