@@ -66,7 +66,7 @@ def parse(model: type[Model], data: Any, path: str = "") -> Model:
 
 
 def _unknown_field(name: str, prefix: str, model: type[StrictModel]) -> ApiError:
-    near = difflib.get_close_matches(name[:100], model.model_fields, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], model.model_fields, n=1, cutoff=0.55)
     hint = f"; did you mean {near[0]!r}?" if near else "; remove it."
     return bad_request(f"Unknown field {prefix + name[:100]!r}{hint}", prefix + name[:100], "unknown_field")
 

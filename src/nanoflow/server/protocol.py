@@ -67,6 +67,14 @@ class GenerationFields(IgnoredFields):
     verbosity: Any = None
     cache_salt: str | None = None
     priority: int | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+    use_beam_search: Any = None
+    length_penalty: Any = None
+    truncate_prompt_tokens: Any = None
 
 
 class ChatRequest(GenerationFields):
@@ -118,6 +126,8 @@ class TextPart(StrictModel):
     text: str
 
 
+_NOT_STRUCTURED = "Structured output is not supported; leave {} out."
+
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": (([],), "Tool calls are not supported; leave tools out."),
     "tool_choice": (("none", "auto"), "Tool calls are not supported; leave tool_choice out."),
@@ -131,6 +141,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ({"type": "text"},),
         'Structured output is not supported; leave response_format out or send {"type": "text"}.',
     ),
+    **{
+        name: ((), _NOT_STRUCTURED.format(name))
+        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+    },
+    "use_beam_search": ((False,), "Beam search is not supported; leave use_beam_search out."),
+    "length_penalty": ((1.0,), "length_penalty belongs to beam search, which is not supported; leave it out."),
+    "truncate_prompt_tokens": ((), "Prompts are never cut; shorten the prompt and leave truncate_prompt_tokens out."),
     "reasoning_effort": ((), "reasoning_effort has no meaning for this model; leave it out."),
     "verbosity": (("medium",), "verbosity has no meaning for this model; leave it out."),
     "tool_calls": (([],), "Messages with tool calls are not supported; send their text only."),

@@ -81,7 +81,9 @@ class DrainingServer(uvicorn.Server):
         self._state.draining = True
         n_busy = self._engine.stats().n_running + self._engine.stats().n_waiting
         log.info(
-            "Shutting down; %d requests may run for up to %g s (signal again to stop at once).", n_busy, self._drain_s
+            "Shutting down; running requests (%d) may take up to %g s (signal again to stop at once).",
+            n_busy,
+            self._drain_s,
         )
         await self._batches.stop()
         drain = asyncio.create_task(self._drain())
