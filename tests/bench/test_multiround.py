@@ -75,7 +75,9 @@ def test_reuse_saves_what_the_trace_predicts(config: EngineConfig, dram_bytes: i
         assert bound.tokens_per_s * bound.percent_of_bound / 100 == pytest.approx(run.numbers["tokens_per_s"])
     assert result.numbers["saved_prefill_percent"] > 0.5 * result.numbers["predicted_saved_prefill_percent"]
     assert result.workload.n_conversations == 4
-    assert "found in the cache" in "\n".join(lines_of(result))
+    text = "\n".join(lines_of(result))
+    assert f"of {n_prompt:,} prompt tokens {n_prompt:,} were computed, 0 found in the cache" in text
+    assert "times the time is taken without reuse" in text
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,12 @@ def test_a_whole_result_against_an_endpoint(capsys: pytest.CaptureFixture[str]) 
 
     result = parse_result(asyncio.run(measure()))
     text = "\n".join(lines_of(result))
-    assert "normalised" in text and "client: adds median" in text and "highest_sustained_rate_rps: 60" in text
+    assert (
+        "offered" in text
+        and "normalised" in text
+        and "client: adds median" in text
+        and "highest_sustained_rate_rps: 60" in text
+    )
 
 
 def test_what_is_late_is_ended_and_counts_against_the_rate() -> None:

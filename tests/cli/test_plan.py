@@ -52,7 +52,7 @@ def test_the_table_names_the_cheapest(capsys: pytest.CaptureFixture[str]) -> Non
     words = ["llama-3-8b", "--gpu", "h200", "--rate", "20", "--slo", "100", "--tp", "1,2", *QUICK]
     assert main(["plan", *words]) == 0
     text = capsys.readouterr().out
-    assert "cheapest: 1 GPUs, 1 replicas of TP 1" in text
+    assert "cheapest: 1 GPU, 1 replica of TP 1" in text
     assert "assumed: " in text
     assert " % power" in text or " % memory" in text
 

@@ -9,6 +9,14 @@ from nanoflow.bench.numbers import PER_DEVICE, RATIO, headline, mean_energy, per
 from nanoflow.bench.result import BenchKind, BenchResult, Bound, ClientOverhead, IterationTrace, Run, Series
 
 HITS = "hit_tokens_"
+MEANINGS = {
+    "saved_prefill_percent": " % of the prompt tokens that are computed without reuse",
+    "predicted_saved_prefill_percent": " % of the prompt tokens are history by the trace, so at most this can be saved",
+    "prefill_ratio": " times the prompt tokens are computed without reuse",
+    "total_time_ratio": " times the time is taken without reuse",
+    "ttft_mean_ratio": " times the time to the first token is taken without reuse",
+}
+"""What a number of the whole result is a part or a multiple of."""
 
 
 def tier_hits(name: str) -> bool:
@@ -38,7 +46,7 @@ def lines_of(result: BenchResult) -> Iterator[str]:
     if result.client is not None:
         yield _client(result.client)
     for name, value in result.numbers.items():
-        yield f"{name}: {value:.4g}"
+        yield f"{name}: {value:.4g}{MEANINGS.get(name, '')}"
     for note in result.notes:
         yield f"note: {note}"
 
@@ -61,8 +69,9 @@ def series_lines(series: Series) -> Iterator[str]:
             f"{series.numbers['preemptions']:.0f} preemptions"
         )
     if "ttft_mean_s" in series.numbers:
-        names = ("elapsed_s", "prompt_tokens", "prefill_tokens_computed", "hit_tokens", "ttft_mean_s")
-        elapsed, prompt, computed, hits, first = (headline(series, name) for name in names)
+        elapsed, first = (headline(series, name) for name in ("elapsed_s", "ttft_mean_s"))
+        counts = (series.numbers[name] for name in ("prompt_tokens", "prefill_tokens_computed", "hit_tokens"))
+        prompt, computed, hits = (f"{count:,.0f}" for count in counts)
         yield f"  {elapsed} s, first token after {first} s"
         tiers = [f"{name.removeprefix(HITS)} {n:,.0f}" for name, n in series.numbers.items() if tier_hits(name) and n]
         where = f" ({', '.join(tiers)})" if tiers else ""
@@ -103,16 +112,20 @@ def ablation_lines(variants: Sequence[Series]) -> Iterator[str]:
         if energy is not None:
             power = f"{energy.mean_power_w:>7.0f} W{energy.mj_per_token:>12.2f}"
         yield f"  {series.name:<30}{cells}{percent:>8.1f} %{power}  {floors_text(bounds)}"
+    for series in variants:
+        if series.runs and series.pipeline is not None and series.pipeline["name"] != series.name:
+            yield f"  {series.name} is the pipeline {series.pipeline['name']}"
     rates = next((run.bounds[0] for series in variants for run in series.runs), None)
     if rates is not None:
         yield f"  {_rates(rates)}"
 
 
 def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:
-    """A row a rate: latencies in ms, goodput, and whether the rate was sustained."""
+    """A row a rate: what chance made of it, goodput, latencies in ms, and whether it was sustained."""
     columns = ("mean", "p50", "p90", "p99")
-    yield f"  {'RATE':>8}{'goodput':>9}  {'normalised ms/token':<32}{'first token ms':<32}{'next token ms':<32}tokens/s"
-    yield f"  {'req/s':>8}{'req/s':>9}  " + "".join(f"{name:>8}" for name in columns * 3)
+    groups = "".join(f"{name:<32}" for name in ("normalised ms/token", "first token ms", "next token ms"))
+    yield f"  {'RATE':>8}{'offered':>9}{'goodput':>9}  {groups}tokens/s"
+    yield f"  {'req/s':>8}{'req/s':>9}{'req/s':>9}  " + "".join(f"{name:>8}" for name in columns * 3)
     for series in sweep:
         numbers = series.numbers
         cells = "".join(
@@ -120,7 +133,7 @@ def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:
             for name in ("normalised_latency", "ttft", "time_per_output_token")
             for column in columns
         )
-        rate = f"{series.rate_rps:>8.4g}{numbers['goodput_rps']:>9.3g}"
+        rate = f"{series.rate_rps:>8.4g}{numbers['offered_rps']:>9.3g}{numbers['goodput_rps']:>9.3g}"
         verdict = "" if numbers["sustained"] else "  not sustained"
         yield f"  {rate}  {cells}{numbers['tokens_per_s']:>10.0f}{verdict}"
     for series in sweep:

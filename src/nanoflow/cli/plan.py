@@ -87,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if plan["cheapest"] is not None else EXIT_NOT_MET
 
 
+_COUNTED = (("gpus", "GPU"), ("replicas", "replica"))
+
+
 def print_plan(plan: dict[str, Any]) -> None:
     """The options as a table, the cheapest in a sentence, the assumptions below."""
     print(
@@ -103,7 +106,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     if best is None:
         print("no option meets the limits")
     else:
-        print(f"cheapest: {best['gpus']} GPUs, {best['replicas']} replicas of TP {best['tp']}")
+        gpus, replicas = (f"{best[what]} {word}{'s' * (best[what] != 1)}" for what, word in _COUNTED)
+        print(f"cheapest: {gpus}, {replicas} of TP {best['tp']}")
     print(f"times: {plan['options'][0]['times']}")
     for sentence in plan["assumptions"]:
         print(f"assumed: {sentence}")

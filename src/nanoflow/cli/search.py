@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,14 +95,17 @@ class _Reporter:
         if p.stage != "found" and p.seconds < self.last_s + SECONDS_BETWEEN_REPORTS:
             return
         self.last_s = p.seconds
-        where = f"best {p.incumbent_us:.1f} µs, bound {p.bound_us:.1f} µs, gap {100 * p.gap:.1f} %"
+        where = f"best {p.incumbent_us:.1f} µs a layer"
+        if math.isfinite(p.bound_us):
+            where += f", this solve's bound {p.bound_us:.1f} µs, gap {100 * p.gap:.1f} %"
         print(f"{p.seconds:6.1f} s  {p.stage}  {where}  {p.note}", file=sys.stderr)
 
 
 def _line(candidate: Candidate, slowest: Candidate) -> str:
     return (
         f"{candidate.pipeline.name:<40} {candidate.period_us:>10.1f} µs a layer  "
-        f"{slowest.period_us / candidate.period_us:.3f}×  {100 * candidate.gap:.1f} % over its bound"
+        f"{slowest.period_us / candidate.period_us:.3f}× the last one's speed  "
+        f"{100 * candidate.gap:.1f} % over the lower bound of its sizes"
     )
 
 

@@ -68,6 +68,7 @@ def print_report(tuning: Tuning) -> None:
     print(f"{report['model']}, {report['dtype']}, {report['kernels']} kernels{ranks}; {mix['workload']}: {batch}")
     width = max(40, *(len(one["name"]) + 2 for one in report["candidates"]))
     head = f"{'PIPELINE':<{width}}{'predicted':>11}{'measured':>11}{'error':>8}{'iteration':>12}{'spread':>8}"
+    print(f"{'':<{width}}{'a layer':>11}{'a layer':>11}")
     print(f"{head}   time / sequential (interval)")
     for one in report["candidates"]:
         low, high = one["ratio_interval"]
