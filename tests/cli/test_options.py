@@ -37,6 +37,14 @@ def test_only_given_options_are_passed_on() -> None:
     assert options.sampling_options(args) == {}
 
 
+def test_help_tells_the_defaults_of_sampling() -> None:
+    made = argparse.ArgumentParser()
+    options.add_sampling_options(made, max_tokens=128, temperature=0.7)
+    told = {action.dest: action.help for action in made._actions}
+    assert told["max_tokens"] == "longest answer in tokens (default 128)"
+    assert (told["temperature"] or "").endswith("(default 0.7)") and (told["top_p"] or "").endswith("(default 1.0)")
+
+
 def test_values_arrive_with_their_types() -> None:
     line = "m --dense-batch 64 --no-asynchronous --kv-memory-fraction 0.5 --pipeline sequential --device cpu --seed 4"
     options_given = options.engine_options(parser().parse_args(line.split()))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "talk to a model"
 LOG_LEVEL = "WARNING"
+DEFAULTS = {"max_tokens": None, "temperature": 0.7, "top_p": 0.95}
 GREETING = "Ctrl-C stops an answer; /reset forgets the conversation; /quit or Ctrl-D ends it."
 
 
@@ -33,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     options.add_engine_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message that every conversation begins with")
-    options.add_sampling_options(parser)
+    options.add_sampling_options(parser, **DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load the model and talk until the input ends."""
-    params = SamplingParams(**{"max_tokens": None, "temperature": 0.7, "top_p": 0.95, **options.sampling_options(args)})
+    params = SamplingParams(**{**DEFAULTS, **options.sampling_options(args)})
     config = EngineConfig.from_options(**options.engine_options(args))
     if params.n != 1:
         raise InvalidRequestError("a chat has one answer at a time; leave --n out.", "n")

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     form.add_argument("--raw", action="store_true", help="continue the text as it is")
     group.add_argument("--json", action="store_true", help="print one JSON object a line and nothing else on stdout")
-    options.add_sampling_options(parser)
+    options.add_sampling_options(parser, max_tokens=DEFAULT_MAX_TOKENS)
 
 
 def run(args: argparse.Namespace) -> int:

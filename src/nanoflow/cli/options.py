@@ -86,8 +86,12 @@ def chosen(args: argparse.Namespace, *kinds: type) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of `SamplingParams` but `seed`, which is among the engine's and serves both."""
+def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """One flag for each field of `SamplingParams` but `seed`, which is among the engine's and serves both.
+
+    `defaults` are those of the command where they are not the dataclass's; the help tells them.
+    """
+    defaults = {item.name: item.default for item in dataclasses.fields(SamplingParams)} | defaults
     group = parser.add_argument_group("sampling")
     hints = typing.get_type_hints(SamplingParams)
     for name, text in SAMPLING_HELP.items():
@@ -101,7 +105,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
                 flag(name), metavar=_METAVARS[plain], type=plain, action="append", default=argparse.SUPPRESS, help=text
             )
         else:
-            _add(group, name, _plain_type(hints[name]), text)
+            _add(group, name, _plain_type(hints[name]), _help(text, defaults[name]))
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
