@@ -7,6 +7,7 @@ default group, since symmetric memory finds them by name.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -27,7 +28,7 @@ _FileStore: Any = dist.__dict__.get("FileStore")
 
 _NAMES = 1000
 """Numbers set apart for the groups of one engine: see `_start_nccl`."""
-_engines_before = 0
+_engine_numbers = itertools.count()
 
 START_TIMEOUT = timedelta(minutes=30)
 """Ranks read weights and compile kernels at different speeds; one that dies is noticed by other means."""
@@ -42,8 +43,8 @@ WORKER_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
 }
-"""NVLink multicast stays off: it is a resource of the whole host. NCCL's kernels come without clusters of blocks, which a
-lane on a part of the multiprocessors has no place for (CUDA error 912). And torch's NCCL watchdog must not end
+"""NVLink multicast stays off: it is a resource of the whole host. NCCL's kernels come without clusters of blocks, which
+a lane on a part of the multiprocessors has no place for (CUDA error 912). And torch's NCCL watchdog must not end
 processes: who notices that a rank has gone tells the requests first (`engine/ranks.py`)."""
 
 
@@ -155,10 +156,8 @@ def _start_nccl(store: Any, rank: int, size: int, device: torch.device) -> None:
         )
     # Torch names groups by a count that begins anew with each default group, while symmetric memory remembers each
     # name's first store. So rank 0, which may serve engine after engine, tells new names.
-    global _engines_before
     if rank == 0:
-        store.set("names", str(_NAMES * _engines_before))
-        _engines_before += 1
+        store.set("names", str(_NAMES * next(_engine_numbers)))
     c10d._world.group_count = int(store.get("names"))
     dist.init_process_group(
         "nccl",
