@@ -111,6 +111,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def run() -> None:
+    """The command `nanoflow`: `main`, and the end of the process.
+
+    One that shared a model with other GPUs ends without tidying up: the destructors of torch's and CUDA's objects may
+    wait there for processes that have gone.
+    """
+    code = main()
+    groups = sys.modules.get("nanoflow.distributed.group")
+    if groups is not None and groups.left_behind:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _log_level(args: argparse.Namespace) -> str:
     """`--log-level`, else the environment's, else what suits the command."""
     level: str = (args.log_level or env.log_level(default=args.default_log_level)).upper()
@@ -120,4 +136,4 @@ def _log_level(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -7,9 +7,12 @@ default group, since symmetric memory finds them by name.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -21,6 +24,9 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as _c10d
 
 from nanoflow.core.errors import ConfigError
+from nanoflow.core.log import get_logger
+
+_log = get_logger(__name__)
 
 c10d: Any = _c10d
 """Much of it carries no annotations."""
@@ -35,6 +41,12 @@ START_TIMEOUT = timedelta(minutes=30)
 
 LANE_TIMEOUT = timedelta(seconds=120)
 """For a collective of an iteration: all ranks are at most one iteration apart."""
+
+left_behind: list[Any] = []
+"""Groups of GPUs that this process has left."""
+
+LEAVE_S = 5.0
+"""Longest wait for NCCL when groups are left."""
 
 WORKER_ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
@@ -103,10 +115,20 @@ class Groups:
     def abort(self) -> None:
         """Leave all groups; collectives of GPUs that hang, because another rank has gone, are given up. Idempotent.
 
-        Gloo needs none of this: its connections break with the process at their other end.
+        On GPUs all ranks should do it at about the same time, after they have dropped the graphs that hold collectives:
+        NCCL waits for both (pytorch issue 115388), here for at most `LEAVE_S`. Gloo needs none of this: its connections
+        break with the process at their other end.
         """
-        if dist.is_initialized() and any(group.device.type == "cuda" for group in self.lanes.values()):
-            c10d._abort_process_group()
+        on_gpus = [group for group in self.lanes.values() if group.device.type == "cuda"]
+        if not on_gpus or not dist.is_initialized():
+            return
+        for handle in (c10d._get_default_group(), *(group.handle for group in on_gpus)):
+            _never_destroy(handle)
+        leaving = threading.Thread(target=_abort_all, name="leaving", daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_S)
+        if leaving.is_alive():
+            _log.warning("NCCL has not let go of its groups after %.0f s; they are left behind", LEAVE_S)
 
 
 def open_groups(meeting_place: Path, rank: int, size: int, device: torch.device, lanes: Iterable[int]) -> Groups:
@@ -132,6 +154,17 @@ def open_groups(meeting_place: Path, rank: int, size: int, device: torch.device,
         return Group(f"lane-{lane}", rank, size, device, handle)
 
     return Groups(control, {lane: open_lane(lane) for lane in lanes}, open_lane)
+
+
+def _abort_all() -> None:
+    with contextlib.suppress(ValueError, RuntimeError):  # left already, or NCCL is in no state to be left
+        c10d._abort_process_group()
+
+
+def _never_destroy(handle: Any) -> None:
+    """Keep a group of GPUs beyond the end of Python: its destructor would wait for threads and other ranks."""
+    left_behind.append(handle)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
 
 
 def _prefixed(store: Any, lane: int) -> Any:

@@ -93,11 +93,13 @@ class Engine:
             self.core.scheduler.residency.close()
         finally:
             if self.ranks is not None:
-                self.ranks.close()
+                self.ranks.stop()
             if not self.failed or self.device.kind == "cpu":
                 self.device.close()  # a GPU whose kernels wait for a rank that is gone would be waited for in vain
                 if self.rank is not None:
                     self.rank.close()
+            if self.ranks is not None:
+                self.ranks.close()
 
     def report(self, elapsed_s: float, work: WorkDone) -> RunReport:
         """What a run did against the bound of this machine."""

@@ -24,6 +24,10 @@ class RankFollower(Protocol):
         """Do what rank 0 says; an iteration that was started is returned, anything else gives None."""
         ...
 
+    def close(self) -> None:
+        """Rank 0 is done: give back what does not end with the process, and leave the other ranks."""
+        ...
+
 
 class Executors:
     """The executors of a rank's pipelines by number, of which one runs at a time."""
@@ -62,6 +66,7 @@ class RankServing:
         config, pipeline = job.config, Pipeline.from_json(job.pipeline_json)
         files = resolve_model(config.model.model, config.model.load_format, seed=config.model.seed)
         device = open_device(config, job.rank)
+        self._devices = [device]
         self._number = job.rank
         self._rank = join(config, files, device, pipeline, Path(job.meeting_place), job.rank)
         kernels = create(config.device.kernels, device.kind, TORCH_DTYPES[config.model.dtype])
@@ -81,6 +86,7 @@ class RankServing:
             self._executors.launch_layers(*values)
         elif kind == "prepare":
             device = open_device(self._config, self._number)
+            self._devices.append(device)
             pipeline = Pipeline.from_json(*values)
             self._executors.add(executor_beside(self._config, self._executor, pipeline, device, self._rank))
         else:
@@ -94,6 +100,9 @@ class RankServing:
             self._tiers.carry_out(posted)
 
     def close(self) -> None:
-        """Rank 0 is done: give back what does not end with the process."""
+        """See `RankFollower.close`."""
         if self._tiers is not None:
             self._tiers.close()
+        for device in self._devices:
+            device.close()
+        self._rank.close()

@@ -66,8 +66,7 @@ def _follow(job: RankJob, pipe: Connection, receiver: Receiver) -> None:
             if serving is not None:
                 serving.carry_out(posted)
             if kind == "stop":
-                if serving is not None:
-                    serving.close()
+                follower.close()
                 return
             pending = follower.command(kind, *values)
             receiver.done()

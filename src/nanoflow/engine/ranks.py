@@ -78,7 +78,7 @@ class RankGroup:
         """Commands about KV pages that go with whatever is sent next (`rank_link.py`)."""
         self.abort_collectives: Callable[[], None] = _nothing
         self._failed = threading.Event()
-        self._closing = False
+        self._closing = self._closed = False
         self._sending: tuple[str, float] | None = None
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")
@@ -206,8 +206,8 @@ class RankGroup:
         if posted:
             self.on_posted([number for number, *_ in posted])
 
-    def close(self) -> None:
-        """End the workers: those that are idle by themselves, the rest by force. Idempotent."""
+    def stop(self) -> None:
+        """Tell the workers to end. On GPUs they leave the collectives' groups, which rank 0 should do now as well."""
         with self._lock:
             if self._closing:
                 return
@@ -216,6 +216,13 @@ class RankGroup:
             self._sending = "stop", time.monotonic()
             with contextlib.suppress(OSError):
                 self._sender.send(([], "stop"))
+
+    def close(self) -> None:
+        """End the workers: those that are idle by themselves, the rest by force. Idempotent."""
+        self.stop()
+        if self._closed:
+            return
+        self._closed = True
         deadline = time.monotonic() + STOP_S
         for worker in self._workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -275,10 +282,10 @@ class RankGroup:
         _log.error("%s", self.failure)
         self._kill()
         self._failed.set()
-        with contextlib.suppress(Exception):  # whatever state the library is in: the group is given up
-            self.abort_collectives()
         self.on_end()
         self.on_failure()
+        with contextlib.suppress(Exception):  # whatever state the library is in: the group is given up
+            self.abort_collectives()
 
 
 def _nothing(*_: Any) -> None:

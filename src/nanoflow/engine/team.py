@@ -78,9 +78,11 @@ class Team:
         """
         failed = self._group is not None and self._group.failure is not None
         if self._group is not None:
-            self._group.close()
+            self._group.stop()
         if not failed or self.bench.device.kind == "cpu":
             self._own.close()
+        if self._group is not None:
+            self._group.close()
 
     def _tell(self, kind: str, *values: object) -> None:
         if self._group is not None:
