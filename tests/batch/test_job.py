@@ -161,6 +161,12 @@ def test_two_runs_at_once_are_refused(paths: JobPaths) -> None:
     assert read_status(paths.output).state == "interrupted"
 
 
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.jsonl", [])
+    with pytest.raises(ConfigError, match="cannot be made"):
+        BatchJob.open(JobPaths.beside(source, source / "below" / "out.jsonl"), {})
+
+
 def test_files_must_differ_and_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="three different files"):
         JobPaths.beside(tmp_path / "a.jsonl", tmp_path / "a.jsonl")

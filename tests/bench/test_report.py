@@ -296,7 +296,7 @@ def test_staircase_and_its_mean() -> None:
 
 def test_command_writes_the_page_and_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made.offline().save(tmp_path / "a.json")
-    out = tmp_path / "out.html"
+    out = tmp_path / "made" / "out.html"
     assert main(["report", str(tmp_path / "a.json"), "-o", str(out), "--title", "Mine"]) == 0
     printed = capsys.readouterr().out
     assert "4 of 7 figures" in printed and "nanoflow bench ablation" in printed and "nanoflow bench online" in printed
@@ -307,8 +307,6 @@ def test_command_refuses_what_is_no_result(tmp_path: Path, capsys: pytest.Captur
     bad = tmp_path / "bad.json"
     bad.write_text("{}")
     assert main(["report", str(bad), "-o", str(tmp_path / "r.html")]) == 2
-    assert main(["report", str(bad), "-o", str(tmp_path / "none" / "r.html")]) == 2
-    said = capsys.readouterr().err
-    assert "is no benchmark result" in said and "does not exist" in said
+    assert "is no benchmark result" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="cannot write"):
         write_report([made.offline()], tmp_path)

@@ -164,11 +164,19 @@ def test_a_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
 
 
 def test_table_and_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["analyze", *PAPER, "--workload", "sharegpt", "--output", str(tmp_path / "out.json")]) == 0
+    output = tmp_path / "made" / "out.json"
+    assert main(["analyze", *PAPER, "--workload", "sharegpt", "--output", str(output)]) == 0
     text = capsys.readouterr().out
     assert "decode_attention" in text
     assert "T_R" in text
-    assert json.loads((tmp_path / "out.json").read_text())["gpus"] == 8
+    found = json.loads(output.read_text())
+    assert found["gpus"] == 8
+    means = (round(found["workload"][side]) for side in ("mean_in", "mean_out"))
+    assert "workload: sharegpt (mean prompt {}, mean output {} tokens)".format(*means) in text
+    assert text.count("tokens/s/GPU") == 4 and "/CPU" not in text
+    blocked = tmp_path / "made" / "out.json" / "below" / "out.json"
+    assert main(["analyze", *PAPER, "--output", str(blocked)]) == 2
+    assert "cannot be made" in capsys.readouterr().err
 
 
 def test_this_cpu_by_measured_rates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +188,9 @@ def test_this_cpu_by_measured_rates(capsys: pytest.CaptureFixture[str], monkeypa
     assert found["measured"]["paper"]["optimal_tokens_per_s_per_gpu"] == pytest.approx(
         400e9 / (2 * preset("smollm2").n_active_params)
     )
+    assert main(["analyze", "smollm2", "--workload", "splitwise"]) == 0
+    text = capsys.readouterr().out
+    assert "workload: splitwise" in text and text.count("tokens/s/CPU") == 2 and "GPU" not in text
 
 
 @pytest.mark.parametrize(
@@ -193,7 +204,6 @@ def test_this_cpu_by_measured_rates(capsys: pytest.CaptureFixture[str], monkeypa
         (("llama-3-8b", "--gpu", "h200", "--plot", "out.bmp"), ".svg"),
         (("llama-3-8b", "--gpu", "h200", "--link-gb", "0"), "--link-gb"),
         (("llama-3-8b", "--gpu", "h200", "--attained-tflops", "-1"), "--attained-tflops"),
-        (("llama-3-8b", "--gpu", "h200", "--output", "absent/out.json"), "make it first"),
     ],
 )
 def test_mistakes_are_explained(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], complaint: str) -> None:

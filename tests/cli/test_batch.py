@@ -46,7 +46,8 @@ def files(folder: Path, *lines: Any) -> tuple[str, str]:
 def test_both_endpoints_are_answered_as_the_server_would(
     engine: ClosableEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, target = files(tmp_path, chat("c", n=2), completion("t"))
+    source, _ = files(tmp_path, chat("c", n=2), completion("t"))
+    target = str(tmp_path / "a folder" / "to be made" / "out.jsonl")
     assert main(["batch", "run", "fake", source, target]) == 0
     found = {line["custom_id"]: line["response"]["body"] for line in read_lines(Path(target))}
     assert found["c"]["object"] == "chat.completion"

@@ -66,6 +66,7 @@ class BatchJob:
         """
         if not paths.input.is_file():
             raise ConfigError(f"there is no file {paths.input}; name a JSONL file of requests.")
+        paths.make_folders()
         journal = Journal(paths.journal)
         try:
             if restart:

@@ -27,6 +27,16 @@ class JobPaths:
             raise ConfigError("input, output and error file must be three different files; rename one.")
         return paths
 
+    def make_folders(self) -> None:
+        """The folders of what is written. Raises `ConfigError` if one cannot be made."""
+        for path in (self.output, self.errors):
+            try:
+                path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"the folder of {path} cannot be made: {error.strerror}; choose another place."
+                ) from error
+
 
 def journal_of(output: Path) -> Path:
     """The journal of the job that writes `output`."""

@@ -14,6 +14,7 @@ from nanoflow.analysis.lengths import BUILT_IN, AnyWorkload, find_workload
 from nanoflow.analysis.maps import Machine, ServedModel, memory_map, network_map, paper_columns, published_machine
 from nanoflow.analysis.roofline import roofline_points
 from nanoflow.analysis.serving import Analysis, Group, analyse, with_link
+from nanoflow.cli.files import make_folder_of
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         print(text)
     else:
         for kind in found:
-            print_table(spec, kind, result[kind], args.gpus)
+            print_table(result, kind, "CPU" if target.name == THIS_CPU else "GPU")
     if args.plot is not None:
         plots.draw_analysis(_drawing(args, spec, workload, target, found), args.plot)
         if not args.json:
@@ -97,12 +98,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_table(spec: ModelSpec, kind: str, found: dict[str, Any], gpus: int) -> None:
-    """One row an operation, then the totals, the bound and the paper's formulas."""
+def print_table(result: dict[str, Any], kind: str, each: str) -> None:
+    """One row an operation, then the totals, the bound and the paper's formulas; `each` is what a device is called."""
+    found, workload = result[kind], result["workload"]
     rates, batch, paper, iteration = (found[key] for key in ("rates", "batch", "paper", "iteration"))
     limits = list(iteration["floors_ms"])
     joules = iteration["energy_j"] is not None
-    print(f"{spec.name} on {gpus} x {rates['name']}, {rates['dtype']}, {kind} rates")
+    print(f"{result['model']} on {result['gpus']} x {rates['name']}, {rates['dtype']}, {kind} rates")
+    means = f"mean prompt {workload['mean_in']:.0f}, mean output {workload['mean_out']:.0f} tokens"
+    print(f"workload: {workload['name']} ({means})")
     print(
         f"batch: {batch['n_decode']} decode + {batch['n_prefill']} prefill tokens"
         + (" (as many as memory holds)" if batch["limited_by_memory"] else "")
@@ -113,13 +117,13 @@ def print_table(spec: ModelSpec, kind: str, found: dict[str, Any], gpus: int) ->
         work = f"{op['flops'] / 1e9:>12.1f}{op['mem_bytes'] / 1e9:>10.2f}{op['wire_bytes'] / 1e9:>10.2f}"
         energy = f"{op['energy_j']:>9.2f}" if joules else ""
         print(f"{name:<20}{work}{energy}" + "".join(f"{op['floors_ms'].get(limit, 0.0):>13.2f}" for limit in limits))
-    print(f"bound by {iteration['bound']}: at most {iteration['tokens_per_s_per_gpu']:.0f} tokens/s/GPU (in + out)")
+    print(f"bound by {iteration['bound']}: at most {iteration['tokens_per_s_per_gpu']:.0f} tokens/s/{each} (in + out)")
     if joules:
         print(f"energy above idle: {iteration['energy_mj_per_token']:.1f} mJ a token")
     print(
         f"paper's formulas: T_compute {paper['t_compute_ms']:.1f} ms, T_mem {paper['t_mem_ms']:.1f} ms, "
         f"T_R {paper['t_r']:.2f} ({paper['bound']}-bound; compute-bound from {paper['compute_bound_from_tokens']} "
-        f"tokens), optimal {paper['optimal_tokens_per_s_per_gpu']:.0f} tokens/s/GPU\n"
+        f"tokens), optimal {paper['optimal_tokens_per_s_per_gpu']:.0f} tokens/s/{each}\n"
     )
 
 
@@ -131,8 +135,9 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and not value > 0:
             raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value}.")
-    if args.output is not None and not args.output.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {str(args.output)!r} does not exist; make it first.")
+    for path in (args.output, args.plot):
+        if path is not None:
+            make_folder_of(path)
     if args.plot is not None:
         plots.check_plot_path(args.plot)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nanoflow.core.errors import ConfigError
+from nanoflow.cli.files import make_folder_of
 
 HELP = "make one HTML page with figures from results of nanoflow bench"
 LOG_LEVEL = "WARNING"
@@ -24,9 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from nanoflow.bench.report.page import write_report
     from nanoflow.bench.result import load_result
 
-    if not args.output.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {str(args.output)!r} does not exist; make it first.")
     results = [load_result(path) for path in args.results]
+    make_folder_of(args.output)
     sections = write_report(results, args.output, args.title)
     missing = [section for section in sections if isinstance(section, Missing)]
     print(f"{args.output}: {len(sections) - len(missing)} of {len(sections)} figures")
