@@ -51,7 +51,8 @@ def test_memory_counts_for_the_longest_request_alone(capsys: pytest.CaptureFixtu
 def test_the_table_names_the_cheapest(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["llama-3-8b", "--gpu", "h200", "--rate", "20", "--slo", "100", "--tp", "1,2", *QUICK]
     assert main(["plan", *words]) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert "TP 1 x 1: 60 requests" in progress and "TP 2 x 1" in progress, "no terminal, and yet not silent"
     assert "cheapest: 1 GPU, 1 replica of TP 1" in text
     assert "assumed: " in text
     assert " % power" in text or " % memory" in text

@@ -22,6 +22,7 @@ def test_search_writes_pipelines_that_show_can_read(tmp_path: Path, capsys: pyte
     assert [row["period_us"] for row in rows] == sorted(row["period_us"] for row in rows)
     assert rows[-1]["name"] == "sequential"
     assert "stage 1" in err and "µs a layer" in err and "inf" not in err
+    assert f" written to {tmp_path}\n" in err
     assert {path.stem for path in tmp_path.iterdir()} == {row["name"] for row in rows}
     for row in rows:
         assert Pipeline.load(tmp_path / f"{row['name']}.json").meta["predicted"]["period_us"] == row["period_us"]
@@ -31,6 +32,11 @@ def test_search_writes_pipelines_that_show_can_read(tmp_path: Path, capsys: pyte
     assert "2813.1 µs a layer" in own and "gate_up" in own
     assert main(["pipeline", "show", file, "--profile", str(PROFILE)]) == 0
     assert capsys.readouterr().out.rpartition("times:")[0] == own.rpartition("times:")[0]
+
+
+def test_search_without_a_folder_says_that_nothing_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", str(PROFILE), *COARSE, "--overlap", "compute", "--json"]) == 0
+    assert "no pipeline was written: give --output FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

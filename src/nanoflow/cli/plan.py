@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoflow.analysis.lengths import BUILT_IN
 from nanoflow.cli.analyze import THIS_CPU, spec_of
+from nanoflow.cli.files import make_folder_of
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware_presets import HARDWARE
 from nanoflow.core.model_spec import DTYPE_BYTES
@@ -73,10 +74,9 @@ def run(args: argparse.Namespace) -> int:
     """Plan, print; exit code 1 if no option meets the limits."""
     from nanoflow.planning.plan import make_plan
 
-    if args.output is not None and not args.output.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {str(args.output)!r} does not exist; make it first.")
-    tell = (lambda words: print(words, file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
-    plan = make_plan(_question(args), tell)
+    if args.output is not None:
+        make_folder_of(args.output)
+    plan = make_plan(_question(args), lambda words: print(words, file=sys.stderr, flush=True))
     text = json.dumps(plan)
     if args.output is not None:
         args.output.write_text(text + "\n")

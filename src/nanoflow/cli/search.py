@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", metavar="RESOURCE,…", help="resources that may overlap (default: all)")
     parser.add_argument("--seconds", type=float, metavar="X", default=600.0, help="time limit (default 600)")
     parser.add_argument("--best", type=int, metavar="K", default=3, help="how many pipelines to give (default 3)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write each pipeline as FOLDER/NAME.json")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="write each pipeline as FOLDER/NAME.json (default: none is)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a pipeline")
 
 
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print()
         print(render_timeline(found[0].timeline))
+    print(_where(args.output, len(found)), file=sys.stderr)
     return 0
 
 
@@ -99,6 +102,13 @@ class _Reporter:
         if math.isfinite(p.bound_us):
             where += f", this solve's bound {p.bound_us:.1f} µs, gap {100 * p.gap:.1f} %"
         print(f"{p.seconds:6.1f} s  {p.stage}  {where}  {p.note}", file=sys.stderr)
+
+
+def _where(folder: Path | None, n: int) -> str:
+    """Where the pipelines are now."""
+    if folder is None:
+        return "no pipeline was written: give --output FOLDER to keep them"
+    return f"{n} pipeline{'s' * (n != 1)} written to {folder}"
 
 
 def _line(candidate: Candidate, slowest: Candidate) -> str:
