@@ -91,6 +91,25 @@ def test_each_tuned_pipeline_has_a_line_newest_first(cache: Path, capsys: pytest
     ]
 
 
+def test_what_is_not_used_here_has_one_line_for_the_same_model_and_sizes(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in range(10, 14):
+        keep(day, 0.5 + day / 100, {"device": "cpu", "processor": f"number {day}"})
+    keep(9, 0.5, {"device": "another"}, ranks=2)
+    keep(8, 0.8, HERE)
+    assert main(["doctor"]) == 0
+    assert lines(capsys) == [
+        "tuned     smollm2 bfloat16, 1 rank, batches of 64 (1970-01-11 to 1970-01-14): 4 pipelines; "
+        "for another machine or other kernels, not used here",
+        "tuned     smollm2 bfloat16, 2 ranks, batches of 64 (1970-01-10): 2.00 × sequential with nano-batches; "
+        "for another machine or other kernels, not used here",
+        "tuned     smollm2 bfloat16, 1 rank, batches of 64 (1970-01-09): 1.25 × sequential with nano-batches",
+    ]
+    assert main(["doctor", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tuned"]) == 6
+
+
 def test_what_was_tuned_for_two_ranks_is_of_this_machine_too(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep(10, 0.8, HERE_WITH_TWO, ranks=2)
     assert main(["doctor"]) == 0

@@ -25,6 +25,7 @@ LOG_LEVEL = "WARNING"
 GIB = 1 << 30
 PROBE_MODEL = "smollm2"
 SEQUENTIAL = "sequential"
+ELSEWHERE = "; for another machine or other kernels, not used here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,24 +161,44 @@ def print_findings(found: dict[str, Any]) -> None:
     print(f"will use  {use['device']}, {use['dtype']}, {use['kernels'] or 'no'} kernels")
     for reason in use["why"]:
         print(f"          {reason}")
-    for one in found["tuned"]:
-        print(f"tuned     {_tuned(one)}")
+    for line in _tuned_lines(found["tuned"]):
+        print(f"tuned     {line}")
     if not found["tuned"]:
         print(f"tuned     nothing yet; nanoflow tune {PROBE_MODEL} makes a pipeline for this machine")
 
 
-def _tuned(one: dict[str, Any]) -> str:
-    """e.g. `smollm2 bfloat16, 1 rank, batches of 512 (2026-11-22): 1.07 × sequential with 2-nano-batches`."""
+def _tuned_lines(kept: list[dict[str, Any]]) -> Iterator[str]:
+    """A line each; those of one model and size that are not used here have one together, where the newest stands."""
+    unused: dict[str, list[dict[str, Any]]] = {}
+    for one in kept:
+        if one["machine"] is False:
+            unused.setdefault(_subject(one), []).append(one)
+    for one in kept:
+        group = unused.get(_subject(one), []) if one["machine"] is False else [one]
+        if len(group) == 1:
+            yield _tuned(one)
+        elif one is group[0]:
+            dates = " to ".join(sorted({group[-1]["date"], group[0]["date"]}))
+            yield f"{_subject(one)} ({dates}): {len(group)} pipelines{ELSEWHERE}"
+
+
+def _subject(one: dict[str, Any]) -> str:
+    """What a pipeline is for, e.g. `smollm2 bfloat16, 1 rank, batches of 512`."""
     ranks = "" if one["ranks"] is None else f", {one['ranks']} rank{'s' * (one['ranks'] != 1)}"
     ranks += ", expert parallel" if one["expert_parallel"] else ""
     batch = "" if one["dense_batch"] is None else f", batches of {one['dense_batch']}"
+    return f"{one['model']} {one['dtype'] or ''}{ranks}{batch}"
+
+
+def _tuned(one: dict[str, Any]) -> str:
+    """e.g. `smollm2 bfloat16, 1 rank, batches of 512 (2026-11-22): 1.07 × sequential with 2-nano-batches`."""
     gain = "its report cannot be read"
     if one["gain"] is not None:
         gain = f"{one['gain']:.2f} × sequential with {one['pipeline']}"
     if one["pipeline"] == SEQUENTIAL:
         gain = "nothing was faster than sequential"
-    elsewhere = "; for another machine or other kernels, not used here" if one["machine"] is False else ""
-    return f"{one['model']} {one['dtype'] or ''}{ranks}{batch} ({one['date']}): {gain}{elsewhere}"
+    elsewhere = ELSEWHERE if one["machine"] is False else ""
+    return f"{_subject(one)} ({one['date']}): {gain}{elsewhere}"
 
 
 def _offer(offer: dict[str, Any]) -> str:
