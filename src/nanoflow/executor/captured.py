@@ -149,6 +149,8 @@ class CapturedExecutor:
             for head in reversed(heads) if capture else heads[-1:]:
                 self._replay_head(head, None, capture=capture)
         torch.cuda.synchronize(self.device.torch_device)
+        if capture:
+            self.decoder.kernels.settled()
 
     def launch(self, plan: BatchPlan, tracer: Tracer | None = None) -> CapturedInFlight:
         """Start an iteration without waiting for it; a `tracer` notes when each nano-operation ran."""

@@ -107,6 +107,10 @@ class Kernels(Protocol):
     capturable: bool
     """Whether launches read everything that changes between iterations from device memory (see `attention_work`)."""
 
+    def settled(self) -> None:
+        """An executor has met every shape it will launch: say in the log what choosing by measurement has cost."""
+        ...
+
     def linear_weight(self, weight_nk: Tensor) -> LinearWeight:
         """Take over a row-major weight; may repack it. The argument must not be used afterwards."""
         ...

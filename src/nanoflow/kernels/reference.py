@@ -36,6 +36,9 @@ class ReferenceKernels:
     name = "reference"
     capturable = False
 
+    def settled(self) -> None:
+        """Nothing is chosen by measurement here."""
+
     def linear_weight(self, weight_nk: Tensor) -> LinearWeight:
         """Keep the weight as it is (contiguous)."""
         return LinearWeight(weight_nk.shape[0], weight_nk.shape[1], weight_nk.dtype, weight_nk.detach().contiguous())

@@ -60,6 +60,21 @@ def test_the_winner_is_measured_once_and_kept_for_the_next_start(tmp_path: Path)
     assert race.bursts == 2
 
 
+def test_the_log_has_one_line_for_all_races(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    race = FakeRace({LIBRARY: 100.0, "128x256": 90.0})
+    judged = table(race, tmp_path)
+    with caplog.at_level("DEBUG", logger="nanoflow"):
+        for n_tokens in (512, 384, 256):
+            judged.choose(replace(SMALL, n_tokens=n_tokens), contestants)
+        judged.tell()
+        judged.choose(SMALL, contestants)
+        judged.tell()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    (path,) = tmp_path.iterdir()
+    assert len(told) == 1 and "3 shapes raced in 0." in told[0] and str(path) in told[0]
+    assert [record.levelname for record in caplog.records].count("DEBUG") == 3
+
+
 def test_the_power_limit_can_turn_a_burst_around(tmp_path: Path) -> None:
     """Who is far behind runs no sustained race; the others are ranked by their time at the limit."""
     race = FakeRace(

@@ -52,6 +52,9 @@ class NativeKernels:
         assert tensor.dtype is self._dtype
         return False
 
+    def settled(self) -> None:
+        """Nothing is chosen by measurement here."""
+
     def linear_weight(self, weight_nk: Tensor) -> LinearWeight:
         """Repack into panels; the row-major original can be freed."""
         n, k = weight_nk.shape

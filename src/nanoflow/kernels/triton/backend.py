@@ -51,6 +51,10 @@ class TritonKernels:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
+    def settled(self) -> None:
+        """See `kernels.base.Kernels.settled`: the races of products."""
+        self._table.tell()
+
     def linear_weight(self, weight_nk: Tensor) -> LinearWeight:
         """Keep the weight as it is (contiguous)."""
         return LinearWeight(weight_nk.shape[0], weight_nk.shape[1], weight_nk.dtype, weight_nk.detach().contiguous())

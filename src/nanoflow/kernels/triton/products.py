@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,6 +110,7 @@ class ProductTable:
         self._path = (folder or env.cache_dir() / "products") / f"{slug}.json"
         self._kept = self._read() if mode == "auto" else _Kept({}, {})
         self._shapes: dict[ProductKey, GemmShape | None] = {}
+        self._races, self._race_seconds = 0, 0.0
 
     def choose(self, key: ProductKey, contestants: Callable[[], Mapping[str, Contestant]]) -> GemmShape | None:
         """The shape of our product, or None for the library's.
@@ -123,12 +125,21 @@ class ProductTable:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return SHAPES.get(name)
             if self._mode == "auto" and key.n_tokens >= _FEW_TOKENS:
+                started = time.monotonic()
                 try:
                     name = self._measured(key, contestants())
                 except torch.cuda.OutOfMemoryError:
                     _log.warning("no memory left to measure products of %s; %s is used", key.text(), name)
+                self._races, self._race_seconds = self._races + 1, self._race_seconds + time.monotonic() - started
         self._shapes[key] = SHAPES.get(name)
         return self._shapes[key]
+
+    def tell(self) -> None:
+        """Log the races since the last call in a line; nothing where none was due."""
+        if self._races:
+            shapes = "1 shape" if self._races == 1 else f"{self._races} shapes"
+            _log.info("matrix products of %s raced in %.1f s; kept in %s", shapes, self._race_seconds, self._path)
+        self._races, self._race_seconds = 0, 0.0
 
     def _unmeasured(self, key: ProductKey) -> str:
         """What is likely to be best: the fused product saves the pass over the widest tensor of a layer."""
@@ -151,7 +162,7 @@ class ProductTable:
             f"{name} {time:.1f} us (burst {burst_us[name]:.1f})"
             for name, time in sorted(times_us.items(), key=lambda item: item[1])
         )
-        _log.info("product %s: %s of %s", key.text(), best, shown)
+        _log.debug("product %s: %s of %s", key.text(), best, shown)
         self._kept.choices[key.text()] = best
         self._write()
         return best
