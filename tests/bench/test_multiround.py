@@ -103,6 +103,9 @@ def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     trace = tmp_path / "talks.csv"
     trace.write_text("conv_id,turn,history_len,new_input_len,output_len\na,0,0,20,9\na,1,29,4,3\n")
     engine = "--load-format random --dtype float32 --dense-batch 32 --threads 1 --kv-memory-bytes 4194304"
-    words = f"bench multiround {tiny_folder} {engine} --trace {trace} --conversations 1"
-    assert main(words.split()) == 0
-    assert "saved_prefill_percent" in capsys.readouterr().out
+    words = f"bench multiround {tiny_folder} {engine} --conversations 1"
+    for name in ("--workload", "--trace"):
+        assert main([*words.split(), name, str(trace)]) == 0
+        assert "saved_prefill_percent" in capsys.readouterr().out
+    assert main(words.split()) == 2
+    assert "give --workload FILE.csv" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_the_command_prints_and_writes(tiny_folder: Path, tmp_path: Path, capsys
     path = tmp_path / "off.json"
     engine = "--load-format random --dtype float32 --dense-batch 32 --threads 1 --kv-memory-bytes 4194304"
     words = f"bench offline {tiny_folder} {engine}"
-    options = f"--workload 12/4 --requests 6 --runs 1 --warmup 1 --trace 1 -o {path}"
+    options = f"--workload 12/4 --requests 6 --runs 1 --warmup 1 --trace-iterations 1 -o {path}"
     assert main([*words.split(), *options.split()]) == 0
     out = capsys.readouterr().out
     assert "6 requests at once" in out and f"written to {path}" in out

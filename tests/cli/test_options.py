@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from nanoflow.cli import options
+from nanoflow.cli.main import build_parser
 from nanoflow.core.config import EngineConfig, SchedulerConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.sampling import SamplingParams
@@ -35,6 +36,24 @@ def test_only_given_options_are_passed_on() -> None:
     args = parser().parse_args(["smollm2"])
     assert options.engine_options(args) == {"model": "smollm2"}
     assert options.sampling_options(args) == {}
+
+
+def test_older_names_of_options_are_taken_but_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    def parsed(words: str) -> argparse.Namespace:
+        return build_parser().parse_args(words.split())
+
+    told = parsed("bench offline m --trace 7 --served-model peer")
+    assert (told.trace_iterations, told.served_model) == (7, "peer")
+    told = parsed("bench online m --served-model-name peer")
+    assert told.served_model == "peer" and options.engine_options(told) == {"model": "m"}
+    told = parsed("bench ablation m --trace 7")
+    assert told.trace_iterations == 7 and parsed("bench offline m").trace_iterations == 5
+    assert parsed("plan m --gpu cpu --rate 1 --slo 1 --trace 8/8").workload == "8/8"
+    for command in ("bench offline", "bench ablation", "bench multiround", "plan"):
+        with pytest.raises(SystemExit):
+            parsed(f"{command} --help")
+        words = capsys.readouterr().out.split()
+        assert not {"--trace", "--served-model"} & {word.strip("[],") for word in words}, command
 
 
 def test_help_tells_the_defaults_of_sampling() -> None:

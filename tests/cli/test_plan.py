@@ -43,7 +43,7 @@ def test_memory_counts_for_the_longest_request_alone(capsys: pytest.CaptureFixtu
     words = ("llama-2-70b", "--gpu", "h200", "--rate", "1", "--slo", "200", "--tp", "2")
     found = _plan(capsys, *words, "--trace", "200/20")
     assert found["engine"]["max_model_len"] == 220
-    asked = _plan(capsys, *words, "--trace", "200/20", "--max-model-len", "4096")
+    asked = _plan(capsys, *words, "--workload", "200/20", "--max-model-len", "4096")
     assert asked["engine"]["max_model_len"] == 4096
     assert asked["options"][0]["kv_tokens"] > found["options"][0]["kv_tokens"]
 
@@ -62,7 +62,7 @@ def test_a_trace_by_path_with_its_own_arrivals(capsys: pytest.CaptureFixture[str
     trace, kept = tmp_path / "t.csv", tmp_path / "plan.json"
     rows = "\n".join(f"{100 + i},{20 + i % 7},{i * 0.05}" for i in range(120))
     trace.write_text(f"input_len,output_len,arrival_s\n{rows}\n")
-    words = ("--trace", str(trace), "--arrivals", "trace", "--rate", "10", "--slo", "100", "--tp", "1")
+    words = ("--workload", str(trace), "--arrivals", "trace", "--rate", "10", "--slo", "100", "--tp", "1")
     found = _plan(capsys, "llama-3-8b", "--gpu", "h200", *words, "--output", str(kept))
     assert found["cheapest"]["replicas"] == 1
     assert json.loads(kept.read_text()) == found
@@ -83,7 +83,7 @@ def test_a_fleet_of_a_given_size(capsys: pytest.CaptureFixture[str]) -> None:
         (("--rate", "1", "--slo", "1", "--tp", "3"), "divides"),
         (("--rate", "1", "--slo", "1", "--efficiency", "2"), "efficiency"),
         (("--rate", "1", "--slo", "1", "--calibration", "nowhere.json"), "--calibrate"),
-        (("--rate", "1", "--slo", "1", "--trace", "nonsense"), "not known"),
+        (("--rate", "1", "--slo", "1", "--workload", "nonsense"), "not known"),
         (("--rate", "1", "--slo", "1", "--replicas", "0"), "--replicas"),
     ],
 )

@@ -100,7 +100,7 @@ class Endpoint:
         except (http.ClientError, OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
                 f"{self.url}/models does not say which model is served ({type(error).__name__}: {error}); "
-                "check --url and --api-key, or name the model with --served-model."
+                "check --url and --api-key, or name the model with --served-model-name."
             ) from error
 
 

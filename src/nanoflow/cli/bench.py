@@ -83,7 +83,7 @@ def run_offline(args: argparse.Namespace) -> list[BenchResult]:
     from nanoflow.cli.progress import TaskBar
 
     config = engine_config(args)
-    settings = OfflineOptions(args.runs, config.model.seed, args.warmup, args.trace)
+    settings = OfflineOptions(args.runs, config.model.seed, args.warmup, args.trace_iterations)
     workloads = workloads_of(args, config.model.seed)
     show = sys.stderr.isatty()
     with TaskBar("benchmark", show=show) as bar:
@@ -149,7 +149,7 @@ def run_ablation(args: argparse.Namespace) -> list[BenchResult]:
         rounds=args.rounds,
         seed=config.model.seed,
         warmup=args.warmup,
-        trace=args.trace,
+        trace=args.trace_iterations,
         overlap=args.overlap,
         search_seconds=args.search_seconds,
         tune=args.tune,
@@ -169,6 +169,10 @@ def run_multiround(args: argparse.Namespace) -> list[BenchResult]:
     from nanoflow.cli.progress import TaskBar
 
     config = engine_config(args)
+    if args.workload is None:
+        raise ConfigError(
+            "a trace of conversations is needed: give --workload FILE.csv (docs/benchmarks.md: its columns)."
+        )
     settings = MultiroundOptions(
         conversations=args.conversations,
         concurrent=args.concurrent,
@@ -178,12 +182,12 @@ def run_multiround(args: argparse.Namespace) -> list[BenchResult]:
         max_total_tokens=args.max_total_tokens,
         max_turns=args.max_turns,
     )
-    trace = read_conversations(args.trace)
+    trace = read_conversations(args.workload)
     show = sys.stderr.isatty()
     with TaskBar("benchmark", show=show) as bar:
         tell = bar.tasks if show else None
         result = run_multiround(
-            config, args.trace.stem, trace, settings, command=command_line(), on_progress=tell, show_progress=show
+            config, args.workload.stem, trace, settings, command=command_line(), on_progress=tell, show_progress=show
         )
         return [result]
 

@@ -8,23 +8,26 @@ from pathlib import Path
 from nanoflow.analysis.lengths import BUILT_IN
 from nanoflow.cli import options
 
+AT_THE_SERVER = frozenset({"served_model_name"})
+"""Options of the engine that here say something of the server at `--url` instead."""
+
 
 def add_offline(parser: argparse.ArgumentParser) -> None:
     """All requests at once."""
-    options.add_engine_options(parser)
+    options.add_engine_options(parser, skip=AT_THE_SERVER)
     group = parser.add_argument_group("benchmark")
     add_workload(group, "512/512", several=True)
     group.add_argument("--requests", type=int, default=200, metavar="N", help="how many requests (default 200)")
     group.add_argument("--runs", type=int, default=3, metavar="N", help="measured repeats (default 3)")
     group.add_argument("--warmup", type=int, default=16, metavar="N", help="requests to run before (default 16)")
-    group.add_argument("--trace", type=int, default=5, metavar="N", help="iterations to trace at the end (default 5)")
+    add_traced(group, 5)
     add_endpoint(group)
     add_output(group)
 
 
 def add_online(parser: argparse.ArgumentParser) -> None:
     """A sweep of request rates."""
-    options.add_engine_options(parser)
+    options.add_engine_options(parser, skip=AT_THE_SERVER)
     group = parser.add_argument_group("benchmark")
     add_workload(group, "sharegpt")
     group.add_argument("--rates", metavar="R,R,...", default="1", help="requests a second to measure (default 1)")
@@ -60,7 +63,7 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--requests", type=int, default=100, metavar="N", help="how many requests (default 100)")
     group.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
     group.add_argument("--warmup", type=int, default=8, metavar="N", help="requests to run before (default 8)")
-    group.add_argument("--trace", type=int, default=3, metavar="N", help="iterations to trace at the end (default 3)")
+    add_traced(group, 3)
     group.add_argument("--overlap", type=Path, metavar="FILE", help="the overlapping pipeline (default: the tuned one)")
     group.add_argument("--tune", action="store_true", help="run nanoflow tune first where nothing is tuned")
     group.add_argument(
@@ -85,7 +88,8 @@ def add_multiround(parser: argparse.ArgumentParser) -> None:
     options.add_engine_options(parser)
     group = parser.add_argument_group("benchmark")
     columns = "conv_id, turn, history_len, new_input_len, output_len"
-    group.add_argument("--trace", type=Path, metavar="FILE.csv", required=True, help=f"with the columns {columns}")
+    file = group.add_argument("--workload", type=Path, metavar="FILE.csv", help=f"a trace with the columns {columns}")
+    options.add_old_name(group, "--trace", file)
     group.add_argument("--conversations", type=int, default=50, metavar="N", help="how many (default 50)")
     group.add_argument("--concurrent", type=int, default=32, metavar="N", help="at the same time (default 32)")
     group.add_argument(
@@ -113,10 +117,20 @@ def add_workload(group: argparse._ArgumentGroup, default: str, *, several: bool 
         group.add_argument(f"--max-{side}-tokens", type=int, metavar="N", help=text)
 
 
+def add_traced(group: argparse._ArgumentGroup, default: int) -> None:
+    """How many iterations are run again with a tracer."""
+    text = f"iterations to trace, operation by operation, at the end (default {default})"
+    traced = group.add_argument("--trace-iterations", type=int, default=default, metavar="N", help=text)
+    options.add_old_name(group, "--trace", traced)
+
+
 def add_endpoint(group: argparse._ArgumentGroup) -> None:
     """Where to send it instead of to an engine of this process."""
     group.add_argument("--url", help="send to this server with OpenAI's API instead; MODEL then says which model it is")
-    group.add_argument("--served-model", metavar="NAME", help="its name at the server (default: the first it lists)")
+    name = group.add_argument(
+        "--served-model-name", dest="served_model", metavar="NAME", help="its name there (default: the first it lists)"
+    )
+    options.add_old_name(group, "--served-model", name)
     group.add_argument("--api-key", metavar="KEY", help="the server's key (default: $NANOFLOW_API_KEY)")
     group.add_argument("--vocab-size", type=int, metavar="N", help="random token ids below this, for an unknown MODEL")
 

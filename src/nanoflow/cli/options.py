@@ -63,14 +63,19 @@ def add_dataclass_options(parser: argparse._ArgumentGroup, kind: type, *, skip: 
         _add(parser, item.name, plain, _help(text, item.default), choices=CHOICES.get(item.name))
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL and every option of `EngineConfig`."""
+def add_engine_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = frozenset()) -> None:
+    """MODEL and every option of `EngineConfig` but those to `skip`."""
     parser.add_argument(
         "model", metavar="MODEL", help="preset name, Hugging Face folder, or .gguf file (see `nanoflow models`)"
     )
     group = parser.add_argument_group("model and engine")
     for kind in SECTIONS:
-        add_dataclass_options(group, kind, skip=frozenset({"model"}))
+        add_dataclass_options(group, kind, skip=skip | {"model"})
+
+
+def add_old_name(group: argparse._ActionsContainer, name: str, now: argparse.Action) -> None:
+    """Accept what an option was called before, without a word in the help."""
+    group.add_argument(name, dest=now.dest, type=now.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

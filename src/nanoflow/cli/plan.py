@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoflow.analysis.lengths import BUILT_IN
+from nanoflow.cli import options
 from nanoflow.cli.analyze import THIS_CPU, spec_of
 from nanoflow.cli.files import make_folder_of
 from nanoflow.core.errors import ConfigError
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = f"{THIS_CPU} (this machine), {', '.join(HARDWARE)}"
     parser.add_argument("--gpu", "--hardware", dest="gpu", metavar="NAME", required=True, help=names)
     lengths = f"{', '.join(BUILT_IN)}, IN/OUT tokens, MEAN~DEVIATION for either, or a .csv trace"
-    parser.add_argument("--trace", "--workload", dest="trace", metavar="W", default="sharegpt", help=lengths)
+    workload = parser.add_argument("--workload", metavar="W", default="sharegpt", help=f"{lengths} (default sharegpt)")
+    options.add_old_name(parser, "--trace", workload)
     parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests a second over all replicas")
     parser.add_argument("--slo", type=float, required=True, metavar="MS", help="limit: milliseconds an output token")
     parser.add_argument("--ttft-slo", type=float, metavar="MS", help="limit: milliseconds to the first token")
@@ -148,7 +150,7 @@ def _question(args: argparse.Namespace) -> Question:
         objective=Objective(
             args.rate, args.slo / 1e3, None if args.ttft_slo is None else args.ttft_slo / 1e3, args.slo_on
         ),
-        traffic=Traffic(args.trace, args.arrivals, args.burstiness, limits, args.seed, args.requests),
+        traffic=Traffic(args.workload, args.arrivals, args.burstiness, limits, args.seed, args.requests),
         dtype=args.dtype,
         degrees=None if args.tp is None else _degrees(args.tp),
         replicas=args.replicas,

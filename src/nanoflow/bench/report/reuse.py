@@ -20,7 +20,7 @@ def reuse(results: Sequence[BenchResult]) -> Section:
     found = [r for r in results if r.kind is BenchKind.MULTIROUND and all(_has_numbers(s) for s in measured(r))]
     found = [result for result in found if measured(result)]
     if not found:
-        return Missing(KEY, TITLE, "needs a result of `nanoflow bench multiround MODEL --trace FILE.csv -o FILE`")
+        return Missing(KEY, TITLE, "needs a result of `nanoflow bench multiround MODEL --workload FILE.csv -o FILE`")
     charts = (
         *both(_drawer(found, COMPUTED, "prompt tokens computed")),
         *both(_drawer(found, ELAPSED, "seconds for all conversations")),
