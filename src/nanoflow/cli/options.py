@@ -75,7 +75,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] 
 
 def add_old_name(group: argparse._ActionsContainer, name: str, now: argparse.Action) -> None:
     """Accept what an option was called before, without a word in the help."""
-    group.add_argument(name, dest=now.dest, type=now.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    group.add_argument(name, dest=now.dest, type=now.type or str, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
