@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nanoflow.bench import variants
-from nanoflow.bench.ablation import OFFLOAD_OFF, OFFLOAD_ON, PLAIN, AblationOptions, run_ablation, take_turns
+from nanoflow.bench.ablation import AblationOptions, run_ablation
+from nanoflow.bench.compared import take_turns
+from nanoflow.bench.offline import Listeners
+from nanoflow.bench.pages import page_of
 from nanoflow.bench.result import BenchResult, parse_result
 from nanoflow.bench.show import lines_of
+from nanoflow.bench.variants import OFFLOAD_OFF, OFFLOAD_ON, PLAIN
 from nanoflow.bench.workloads import make_requests
 from nanoflow.cli.bench import changes_of
+from nanoflow.cli.main import main
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.ops import Op
@@ -23,23 +29,33 @@ N_REQUESTS, N_OUT = 8, 6
 
 
 @pytest.fixture
-def overlap(tiny_folder: Path, tmp_path: Path) -> Path:
-    """Decode attention on a lane of its own."""
+def write(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Write a pipeline with decode attention on a lane of its own."""
     graph = layer_graph(resolve_model(str(tiny_folder), "random").spec)
     lanes = (LaneSpec("main"), LaneSpec("attention"))
-    nano_ops = tuple(
-        NanoOp(op, 0, 32, "attention" if op is Op.DECODE_ATTENTION else "main") for op in graph.ops_of_form()
-    )
-    path = tmp_path / "overlap.json"
-    path.write_text(Pipeline("by hand", 32, lanes, nano_ops).to_json())
-    return path
+
+    def write(name: str, dense_batch: int = 32, file: str = "") -> Path:
+        nano_ops = tuple(
+            NanoOp(op, 0, dense_batch, "attention" if op is Op.DECODE_ATTENTION else "main")
+            for op in graph.ops_of_form()
+        )
+        path = tmp_path / f"{file or name}.json"
+        path.write_text(Pipeline(name, dense_batch, lanes, nano_ops).to_json())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def overlap(write: Callable[..., Path]) -> Path:
+    return write("by hand")
 
 
 @pytest.fixture
 def result(config: EngineConfig, overlap: Path) -> BenchResult:
     requests = make_requests(f"14/{N_OUT}", N_REQUESTS)
     compare = {"page_tokens=32": {"page_tokens": 32}}
-    options = AblationOptions(rounds=2, warmup=1, trace=1, overlap=overlap, compare=compare)
+    options = AblationOptions(rounds=2, warmup=1, trace=1, overlaps=(overlap,), compare=compare)
     (found,) = run_ablation(config, [requests], options)
     return found
 
@@ -77,6 +93,82 @@ def test_variants_differ_by_what_they_say(result: BenchResult) -> None:
     assert "not applicable: one rank" in text and "page_tokens=32" in text
 
 
+def test_several_pipelines_by_hand_have_rows_of_their_own(config: EngineConfig, write: Callable[..., Path]) -> None:
+    files = tuple(write(name) for name in ("one lane more", "the same again"))
+    options = AblationOptions(rounds=2, warmup=0, trace=0, overlaps=files)
+    (result,) = run_ablation(config, [make_requests("8/2", 3)], options)
+    names = [series.name for series in result.series]
+    assert names == [*variants.ROWS[:-1], "one lane more", "the same again", OFFLOAD_ON], "the known rows, then theirs"
+    by_name = {series.name: series for series in result.series}
+    for name in ("one lane more", "the same again"):
+        assert len(by_name[name].runs) == 2 and by_name[name].numbers["ratio_to_first"] > 0
+        assert by_name[name].pipeline is not None and by_name[name].pipeline["name"] == name
+    assert "each has a row of its own" in by_name[variants.MEMORY].not_applicable
+
+
+def test_pipelines_that_cannot_be_told_apart_or_compared_are_refused(
+    config: EngineConfig, write: Callable[..., Path]
+) -> None:
+    def refusal(*files: Path, compare: str = "x") -> str:
+        options = AblationOptions(overlaps=files, compare={compare: {}})
+        with pytest.raises(ConfigError) as error:
+            run_ablation(config, [make_requests("8/2", 2)], options)
+        return str(error.value)
+
+    first = write("first")
+    assert "two pipelines of --overlap have the name 'first'; rename one" in refusal(first, write("first", file="b"))
+    assert "different dense batches ('first' for 32, 'small' for 16)" in refusal(first, write("small", 16))
+    assert "the name of another row, 'sequential'" in refusal(first, write("sequential"))
+    assert "the name of another row, 'second'" in refusal(first, write("second"), compare="second")
+
+
+def test_only_the_rows_that_are_named_are_run(
+    config: EngineConfig, write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(*names: str, overlaps: tuple[Path, ...] = ()) -> list[str]:
+        options = AblationOptions(rounds=1, warmup=0, trace=0, variants=names, overlaps=overlaps)
+        (result,) = run_ablation(config, [make_requests("8/2", 2)], options)
+        return [series.name for series in result.series]
+
+    assert rows("synchronous", "nano-batches only") == [
+        variants.SEQUENTIAL,
+        variants.NANO_BATCHES,
+        variants.SYNCHRONOUS,
+    ]
+    mine = (write("mine"),)
+    assert rows("KV offload", overlaps=mine) == [variants.SEQUENTIAL, variants.MEMORY, OFFLOAD_ON], "given, so it runs"
+    assert rows("sequential", overlaps=(*mine, write("yours"))) == [variants.SEQUENTIAL, "mine", "yours"]
+    assert variants.rows_named(["Network+Memory"]) == {variants.SEQUENTIAL, variants.BOTH}
+    with pytest.raises(SystemExit):
+        main(["bench", "ablation", "--help"])
+    told = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # argparse breaks lines there
+    documented = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for row in variants.ROWS:
+        assert variants.short(row) in told and f"`{variants.short(row)}`" in documented
+    with pytest.raises(ConfigError, match=r"'fast' is no row; choose of sequential, nano-batches, network, network\+"):
+        AblationOptions(variants=("fast",))
+
+
+def test_after_each_round_there_is_a_result_that_says_how_far_it_is(config: EngineConfig, overlap: Path) -> None:
+    kept: list[BenchResult] = []
+    options = AblationOptions(rounds=2, warmup=0, trace=1, overlaps=(overlap,), compare={"other": {"page_tokens": 32}})
+    heard = Listeners(on_result=kept.append)
+    (whole,) = run_ablation(config, [make_requests("8/2", 2)], options, listeners=heard)
+    assert kept[-1] == whole and not whole.notes
+    told = [one.notes[0] for one in kept[:-1]]
+    assert told == [
+        "partial: 1 of 2 rounds are done, nothing is traced yet",
+        "partial: 2 of 2 rounds are done, nothing is traced yet",
+        "partial: engines with other options are still to run",
+        "partial: 1 of 2 rounds of plain engine, other are done",
+        "partial: 2 of 2 rounds of plain engine, other are done",
+    ]
+    for result, n_runs in zip(kept, (4, 8, 8, 10, 12, 12), strict=True):
+        assert sum(len(series.runs) for series in result.series) == n_runs
+        again = parse_result(result.to_json())
+        assert "\n".join(lines_of(again)) and page_of([again], [None])
+
+
 def test_without_an_overlapping_pipeline_the_variant_names_the_fix(
     config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +184,7 @@ def test_without_an_overlapping_pipeline_the_variant_names_the_fix(
 def test_offload_is_compared_where_a_tier_is_given(config: EngineConfig, tmp_path: Path) -> None:
     tiered = config.with_options("cache", kv_dram_bytes=1 << 20)
     requests = make_requests("40/8", N_REQUESTS)
-    options = AblationOptions(rounds=1, warmup=0, trace=0, overlap=None)
+    options = AblationOptions(rounds=1, warmup=0, trace=0)
     (result,) = run_ablation(tiered, [requests], options)
     by_name = {series.name: series for series in result.series}
     off, on = by_name[OFFLOAD_OFF], by_name[OFFLOAD_ON]
@@ -105,7 +197,9 @@ def test_offload_is_compared_where_a_tier_is_given(config: EngineConfig, tmp_pat
 
 def test_turns_are_shuffled_rounds() -> None:
     order: list[tuple[str, int]] = []
-    take_turns(["a", "b", "c"], AblationOptions(rounds=5, seed=10), lambda name, seed: order.append((name, seed)))
+    done: list[int] = []
+    take_turns(["a", "b", "c"], 5, 10, lambda name, seed: order.append((name, seed)), done.append)
+    assert done == [1, 2, 3, 4, 5]
     rounds = [order[start : start + 3] for start in range(0, 15, 3)]
     assert all({name for name, _ in one} == {"a", "b", "c"} for one in rounds)
     assert len({tuple(name for name, _ in one) for one in rounds}) > 1
@@ -122,4 +216,4 @@ def test_options_to_compare_are_parsed_and_checked(config: EngineConfig, overlap
         changes_of("page_tokens")
     wrong = config.with_options("scheduler", dense_batch=16)
     with pytest.raises(ConfigError, match="is for 32"):
-        run_ablation(wrong, [make_requests("8/2", 2)], AblationOptions(overlap=overlap))
+        run_ablation(wrong, [make_requests("8/2", 2)], AblationOptions(overlaps=(overlap,)))

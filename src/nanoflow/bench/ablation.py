@@ -1,28 +1,48 @@
 """`nanoflow bench ablation`: what each technique brings, on one machine, the variants taking turns.
 
 In each round every variant runs the same lengths once, in an order that a seed shuffles, so that slow changes of the
-machine touch all alike. Options that need another engine (`compare`) take turns in the same way, each engine built
-anew, beside the plain one.
+machine touch all alike. Options that need another engine take turns in the same way beside the plain one
+(`compared.py`). After each round the listeners are given what there is, so that a kill loses one round at most.
 """
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nanoflow.bench import environment
+from nanoflow.bench.compared import (
+    NO_TIERS,
+    Group,
+    compare_options,
+    offload_group,
+    offload_options,
+    take_turns,
+    with_ratios,
+)
 from nanoflow.bench.engines import built
 from nanoflow.bench.multiround import NO_CACHE
-from nanoflow.bench.numbers import over_runs, ratio_to
+from nanoflow.bench.numbers import over_runs
 from nanoflow.bench.offline import SILENT, Listeners, run_of, traced, warm_up
 from nanoflow.bench.overlaps import Overlaps, OverlapSource, find_overlaps
-from nanoflow.bench.result import BenchKind, BenchResult, Run, Series
+from nanoflow.bench.result import BenchKind, BenchResult, IterationTrace, Run, Series, partial
 from nanoflow.bench.session import Record, check_fits, make_sequences, run_sequences
-from nanoflow.bench.variants import Ready, Variant, make_ready, variants_for
+from nanoflow.bench.variants import (
+    MEMORY,
+    OFFLOAD,
+    OFFLOAD_ON,
+    PLAIN,
+    ROWS,
+    Ready,
+    Variant,
+    check_names,
+    make_ready,
+    rows_named,
+    variants_for,
+)
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
@@ -30,9 +50,6 @@ from nanoflow.core.hardware import MachineRates
 from nanoflow.engine.build import Engine
 from nanoflow.engine.resolve import DEFAULTS, open_device
 
-PLAIN, OFFLOAD_OFF, OFFLOAD_ON = "plain engine", "KV offload off", "KV offload on"
-NO_TIERS = "no tier below the device is given: add --kv-dram-bytes N, and --kv-ssd-path FOLDER if wanted"
-CACHING: dict[str, Any] = {"enable_prefix_caching": True}
 ROOM_ON_GPU = 0.08
 """Share of a GPU's memory left to the buffers and recordings of the other pipelines."""
 
@@ -41,8 +58,9 @@ ROOM_ON_GPU = 0.08
 class AblationOptions:
     """`compare` are engine options by the name of their series, e.g. `{"page_tokens=32": {"page_tokens": 32}}`.
 
-    `overlap` is a Pipeline file. Without it the tuned pipeline is taken, or the best overlapping one that a search of
-    `search_seconds` finds in the profile that tuning kept; `tune` tunes for `workload` first if nothing is kept.
+    `overlaps` are Pipeline files. Without them the tuned pipeline is taken, or the best overlapping one that a search
+    of `search_seconds` finds in the profile that tuning kept; `tune` tunes for `workload` first if nothing is kept.
+    `variants` names the rows to run (all, if None); sequential, `overlaps` and `compare` are run in any case.
     """
 
     workload: str = "512/512"
@@ -50,14 +68,21 @@ class AblationOptions:
     seed: int = 0
     warmup: int = 8
     trace: int = 3
-    overlap: Path | None = None
+    overlaps: tuple[Path, ...] = ()
     search_seconds: float = 45.0
     tune: bool = False
     compare: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variants: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.warmup < 0 or self.trace < 0 or self.search_seconds <= 0:
             raise ConfigError("an ablation needs at least 1 round, and no negative warmup, trace or search time.")
+        rows_named(self.variants or ())
+
+    @property
+    def rows(self) -> frozenset[str]:
+        """The rows that are wanted."""
+        return frozenset(ROWS) if self.variants is None else rows_named(self.variants)
 
 
 def run_ablation(
@@ -70,15 +95,40 @@ def run_ablation(
     show_progress: bool = False,
 ) -> list[BenchResult]:
     """All variants, a result a workload. `config.pipeline` is ignored. Raises the errors of `build_engine`."""
-    wanted = OverlapSource(options.workload, options.overlap, options.search_seconds, options.tune)
-    overlaps = find_overlaps(config, wanted)
-    offload = offload_options(config)
+    overlaps = _overlaps(config, options)
+    check_names(overlaps, options.compare)
+    groups: list[Group] = []
+    offload, missing = offload_options(config), []
+    if OFFLOAD in options.rows:
+        if offload:
+            groups.append(offload_group(offload))
+        else:
+            missing.append(Series(OFFLOAD_ON, not_applicable=NO_TIERS))
+    if options.compare:
+        groups.append({PLAIN: {}, **options.compare})
     config = plain(config, overlaps.dense_batch)
-    found = _on_one_engine(config, overlaps, workloads, options, command, listeners, show_progress)
+    found: list[BenchResult] = []
+    with built(config, show_progress=show_progress, also=overlaps.ops) as engine:
+        for requests in workloads:
+            check_fits(engine, requests)
+        with _Shared(engine, overlaps, options, listeners, command) as shared:
+            for requests in workloads:
+                result = _joined(_Workload(shared, requests).measure(), missing)
+                listeners.keep(partial(result, "engines with other options are still to run") if groups else result)
+                found.append(result)
     return [
-        _with_options(config, result, requests, options, offload, listeners)
+        _with_groups(config, result, groups, requests, options, listeners) if groups else result
         for result, requests in zip(found, workloads, strict=True)
     ]
+
+
+def _overlaps(config: EngineConfig, options: AblationOptions) -> Overlaps:
+    """The overlapping pipelines that the wanted rows need: on one rank a search is spared where none does."""
+    if not options.overlaps and config.device.tensor_parallel_size == 1 and MEMORY not in options.rows:
+        return Overlaps()
+    return find_overlaps(
+        config, OverlapSource(options.workload, options.overlaps, options.search_seconds, options.tune)
+    )
 
 
 def plain(config: EngineConfig, dense_batch: int | None) -> EngineConfig:
@@ -102,190 +152,133 @@ def plain(config: EngineConfig, dense_batch: int | None) -> EngineConfig:
     return replace(config.with_options("cache", **NO_CACHE), pipeline="sequential")
 
 
-def _on_one_engine(
-    config: EngineConfig,
-    overlaps: Overlaps,
-    workloads: Sequence[RequestSet],
-    options: AblationOptions,
-    command: tuple[str, ...],
-    listeners: Listeners,
-    show_progress: bool,
-) -> list[BenchResult]:
-    """The variants that share one engine, which is gone afterwards."""
-    with built(config, show_progress=show_progress, also=overlaps.ops) as engine:
-        for requests in workloads:
-            check_fits(engine, requests)
-        rates = engine.rates
-        variants = variants_for(engine, overlaps)
-        ready: list[Ready] = []
+class _Shared:
+    """The engine that variants share, with an executor for each; a context, since each has a device of its own."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        overlaps: Overlaps,
+        options: AblationOptions,
+        listeners: Listeners,
+        command: tuple[str, ...],
+    ) -> None:
+        self.engine = engine
+        self.rates: MachineRates = engine.rates
+        self.options = options
+        self.listeners = listeners
+        self.command = command
+        self.variants: list[Variant] = variants_for(engine, overlaps, options.rows)
+        self.ready: list[Ready] = []
+
+    def __enter__(self) -> _Shared:
         try:
-            ready += [make_ready(engine, variant) for variant in variants if variant.pipeline is not None]
-            return [
-                _measure(engine, rates, variants, ready, requests, options, command, listeners)
-                for requests in workloads
-            ]
-        finally:
-            for one in ready:
-                one.device.close()
+            self.ready += [make_ready(self.engine, one) for one in self.variants if one.pipeline is not None]
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.ready:
+            one.device.close()
+
+    def switch(self, one: Ready) -> None:
+        """From now on the engine runs this variant."""
+        self.engine.core.relaunch_with(one.launcher, asynchronous=one.variant.asynchronous)
 
 
-def _measure(
-    engine: Engine,
-    rates: MachineRates,
-    variants: list[Variant],
-    ready: list[Ready],
-    requests: RequestSet,
-    options: AblationOptions,
-    command: tuple[str, ...],
-    listeners: Listeners,
-) -> BenchResult:
-    """One workload."""
-    started_at = environment.now_text()
-    records = _rounds(engine, ready, requests, options, listeners)
-    found = {
-        one.variant.name: _series(engine, one, rates, requests, records[one.variant.name], options) for one in ready
-    }
-    series = with_ratios(
-        [
-            found[variant.name][0] if variant.name in found else Series(variant.name, not_applicable=variant.reason)
-            for variant in variants
-        ]
-    )
-    return BenchResult(
-        kind=BenchKind.ABLATION,
-        title=f"{engine.spec.name}, {requests.info.name}, {len(requests)} requests at once, {options.rounds} rounds",
-        started_at=started_at,
-        command=command,
-        versions=environment.versions(),
-        machine=environment.machine_info(engine, rates),
-        model=environment.model_info(engine),
-        workload=requests.info,
-        series=tuple(series),
-        engine=environment.engine_options(engine.config),
-        seeds=seeds_of_series(series),
-        notes=tuple(dict.fromkeys(note for _, notes in found.values() for note in notes)),
-    )
+class _Workload:
+    """One workload on the shared engine: its runs so far, and the result that they make."""
+
+    def __init__(self, shared: _Shared, requests: RequestSet) -> None:
+        self._shared = shared
+        self._requests = requests
+        self._runs: dict[str, list[Run]] = {one.variant.name: [] for one in shared.ready}
+        self._last: dict[str, Record] = {}
+        engine, rounds = shared.engine, shared.options.rounds
+        self._blank = BenchResult(
+            kind=BenchKind.ABLATION,
+            title=f"{engine.spec.name}, {requests.info.name}, {len(requests)} requests at once, {rounds} rounds",
+            started_at=environment.now_text(),
+            command=shared.command,
+            versions=environment.versions(),
+            machine=environment.machine_info(engine, shared.rates),
+            model=environment.model_info(engine),
+            workload=requests.info,
+            series=(),
+            engine=environment.engine_options(engine.config),
+        )
+
+    def measure(self) -> BenchResult:
+        """All rounds, then the traces."""
+        shared, options = self._shared, self._shared.options
+        for one in shared.ready:
+            shared.switch(one)
+            warm_up(shared.engine, self._requests, options.warmup)
+        take_turns(shared.ready, options.rounds, options.seed, self._run, self._keep)
+        traces: dict[str, IterationTrace | None] = {}
+        notes: list[str] = []
+        for one in shared.ready:
+            plans = self._last[one.variant.name].log.typical_plans(options.trace)
+            trace, said = traced(shared.engine, one.launcher, plans, shared.rates)
+            traces[one.variant.name] = trace
+            notes += said
+        return replace(self._result(traces), notes=tuple(dict.fromkeys(notes)))
+
+    def _run(self, one: Ready, seed: int) -> None:
+        shared, name = self._shared, one.variant.name
+        shared.switch(one)
+        sequences = make_sequences(shared.engine, self._requests, seed)
+        record = self._last[name] = run_sequences(shared.engine, sequences, shared.listeners.of(name))
+        shared.listeners.end(name, record)
+        self._runs[name].append(run_of(shared.engine, shared.rates, self._requests, record, seed))
+
+    def _keep(self, done: int) -> None:
+        said = f"{done} of {self._shared.options.rounds} rounds are done, nothing is traced yet"
+        self._shared.listeners.keep(partial(self._result({}), said))
+
+    def _result(self, traces: Mapping[str, IterationTrace | None]) -> BenchResult:
+        series = with_ratios([self._series(one, traces.get(one.name)) for one in self._shared.variants])
+        return _joined(self._blank, series)
+
+    def _series(self, variant: Variant, trace: IterationTrace | None) -> Series:
+        if variant.pipeline is None:
+            return Series(variant.name, not_applicable=variant.reason)
+        runs = self._runs[variant.name]
+        return Series(
+            name=variant.name,
+            runs=tuple(runs),
+            numbers=over_runs(runs),
+            options={"asynchronous": variant.asynchronous},
+            pipeline=json.loads(variant.pipeline.to_json()),
+            trace=trace,
+        )
 
 
-def seeds_of_series(series: Sequence[Series]) -> tuple[int, ...]:
-    """Seeds of all runs, each once."""
-    return tuple(sorted({run.seed for one in series for run in one.runs}))
-
-
-def offload_options(config: EngineConfig) -> dict[str, Any]:
-    """The options that give the KV cache tiers below the device, as far as the user gave any."""
-    given = {name: getattr(config.cache, name) for name in ("kv_dram_bytes", "kv_ssd_path", "kv_ssd_bytes")}
-    return {name: value for name, value in given.items() if value}
-
-
-def _with_options(
+def _with_groups(
     config: EngineConfig,
     result: BenchResult,
+    groups: Sequence[Group],
     requests: RequestSet,
     options: AblationOptions,
-    offload: dict[str, Any],
     listeners: Listeners,
 ) -> BenchResult:
     """The result with the engines of other options beside the pipelines."""
-    series = [*result.series]
-    if offload:
-        pair = {OFFLOAD_OFF: CACHING, OFFLOAD_ON: CACHING | offload}
-        series += compare_options(config, pair, requests, options, listeners)
-    else:
-        series.append(Series(OFFLOAD_ON, not_applicable=NO_TIERS))
-    if options.compare:
-        series += compare_options(config, {PLAIN: {}, **options.compare}, requests, options, listeners)
-    return replace(result, series=tuple(series), seeds=seeds_of_series(series))
+    for group in groups:
+        names, before = ", ".join(group), result
+
+        def keep(done: int, series: list[Series], names: str = names, before: BenchResult = before) -> None:
+            said = f"{done} of {options.rounds} rounds of {names} are done"
+            listeners.keep(partial(_joined(before, series), said))
+
+        found = compare_options(config, group, requests, options.rounds, options.seed, options.warmup, listeners, keep)
+        result = _joined(result, found)
+    listeners.keep(result)
+    return result
 
 
-def _rounds(
-    engine: Engine,
-    ready: list[Ready],
-    requests: RequestSet,
-    options: AblationOptions,
-    listeners: Listeners,
-) -> dict[str, list[tuple[int, Record]]]:
-    for one in ready:
-        _switch(engine, one)
-        warm_up(engine, requests, options.warmup)
-    records: dict[str, list[tuple[int, Record]]] = {one.variant.name: [] for one in ready}
-
-    def run(one: Ready, seed: int) -> None:
-        _switch(engine, one)
-        name, sequences = one.variant.name, make_sequences(engine, requests, seed)
-        records[name].append((seed, run_sequences(engine, sequences, listeners.of(name))))
-        listeners.end(name, records[name][-1][1])
-
-    take_turns(ready, options, run)
-    return records
-
-
-def take_turns(variants: list[Any], options: AblationOptions, run: Callable[[Any, int], None]) -> None:
-    """Each variant once a round, in shuffled order, always with token ids of its own."""
-    shuffle, seed = random.Random(options.seed), options.seed
-    for _ in range(options.rounds):
-        for one in shuffle.sample(variants, len(variants)):
-            run(one, seed)
-            seed += 1
-
-
-def _switch(engine: Engine, one: Ready) -> None:
-    engine.core.relaunch_with(one.launcher, asynchronous=one.variant.asynchronous)
-
-
-def _series(
-    engine: Engine,
-    one: Ready,
-    rates: MachineRates,
-    requests: RequestSet,
-    records: list[tuple[int, Record]],
-    options: AblationOptions,
-) -> tuple[Series, tuple[str, ...]]:
-    """The variant's runs and trace, with notes on what could not be had."""
-    runs = [run_of(engine, rates, requests, record, seed) for seed, record in records]
-    trace, notes = traced(engine, one.launcher, records[-1][1].log.typical_plans(options.trace), rates)
-    series = Series(
-        name=one.variant.name,
-        runs=tuple(runs),
-        numbers=over_runs(runs),
-        options={"asynchronous": one.variant.asynchronous},
-        pipeline=json.loads(one.pipeline.to_json()),
-        trace=trace,
-    )
-    return series, notes
-
-
-def compare_options(
-    config: EngineConfig,
-    chosen: Mapping[str, Mapping[str, Any]],
-    requests: RequestSet,
-    options: AblationOptions,
-    listeners: Listeners,
-) -> list[Series]:
-    """Engines that differ from `config` by the options chosen, in turn; each run builds its engine."""
-    configs = {name: with_flat_options(config, changes) for name, changes in chosen.items()}
-    runs: dict[str, list[Run]] = {name: [] for name in configs}
-
-    def run(name: str, seed: int) -> None:
-        with built(configs[name]) as engine:
-            rates = engine.rates
-            warm_up(engine, requests, options.warmup)
-            record = run_sequences(engine, make_sequences(engine, requests, seed), listeners.of(name))
-            listeners.end(name, record)
-            runs[name].append(run_of(engine, rates, requests, record, seed))
-
-    take_turns(list(configs), options, run)
-    return with_ratios(
-        [Series(name, tuple(kept), over_runs(kept), options=dict(chosen[name])) for name, kept in runs.items()]
-    )
-
-
-def with_ratios(series: list[Series]) -> list[Series]:
-    """The same with each one's throughput over that of the first, round by round."""
-    first = series[0].runs
-    return [replace(one, numbers={**one.numbers, **ratio_to(first, one.runs)}) if one.runs else one for one in series]
-
-
-def with_flat_options(config: EngineConfig, changes: Mapping[str, Any]) -> EngineConfig:
-    """`config` with options replaced by their flat names. Raises `ConfigError` for an unknown one."""
-    return EngineConfig.from_options(**{**environment.engine_options(config), **changes})
+def _joined(result: BenchResult, series: Sequence[Series]) -> BenchResult:
+    """The result with more series, and the seeds of all."""
+    every = (*result.series, *series)
+    return replace(result, series=every, seeds=tuple(sorted({run.seed for one in every for run in one.runs})))

@@ -5,6 +5,7 @@ Both run the same conversations with the same seeds, on engines built for the pu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nanoflow.bench import environment
@@ -12,7 +13,7 @@ from nanoflow.bench.bounds import bound_of_work
 from nanoflow.bench.conversations import ConversationSet, choose_conversations
 from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import energy_of, latency_numbers, over_runs, token_rates
-from nanoflow.bench.result import BenchKind, BenchResult, MachineInfo, ModelInfo, Run, Series
+from nanoflow.bench.result import BenchKind, BenchResult, MachineInfo, ModelInfo, OnResult, Run, Series, partial
 from nanoflow.bench.rounds import Conversing, RoundsRecord
 from nanoflow.bench.session import OnProgress
 from nanoflow.bench.traces import Conversation
@@ -61,9 +62,13 @@ def run_multiround(
     *,
     command: tuple[str, ...] = (),
     on_progress: OnProgress | None = None,
+    on_result: OnResult | None = None,
     show_progress: bool = False,
 ) -> BenchResult:
-    """With and without reuse, `runs` times in turn. Raises the errors of `build_engine`."""
+    """With and without reuse, `runs` times in turn. Raises the errors of `build_engine`.
+
+    `on_result` is given what there is after each run, and the whole at the end.
+    """
     started_at = environment.now_text()
     runs: dict[str, list[Run]] = {REUSE: [], NO_REUSE: []}
     found: _Found | None = None
@@ -82,10 +87,30 @@ def run_multiround(
         for variant, kept in runs.items():
             run, found = measure(variant, options.seed + number, found)
             kept.append(run)
+            if on_result is not None:
+                done = sum(map(len, runs.values()))
+                result = _result(found, name, options, runs, started_at, command)
+                on_result(partial(result, f"{done} of {2 * options.runs} runs are done"))
     assert found is not None
+    result = _result(found, name, options, runs, started_at, command)
+    if on_result is not None:
+        on_result(result)
+    return result
+
+
+def _result(
+    found: _Found,
+    name: str,
+    options: MultiroundOptions,
+    runs: Mapping[str, list[Run]],
+    started_at: str,
+    command: tuple[str, ...],
+) -> BenchResult:
+    """Of the runs there are: the comparison needs both variants."""
     series = tuple(
         Series(variant, tuple(kept), over_runs(kept), options={} if variant == REUSE else NO_CACHE)
         for variant, kept in runs.items()
+        if kept
     )
     return BenchResult(
         kind=BenchKind.MULTIROUND,
@@ -98,8 +123,8 @@ def run_multiround(
         workload=found.talks.info(),
         series=series,
         engine=found.engine,
-        seeds=tuple(options.seed + number for number in range(options.runs)),
-        numbers=comparison(series[0], series[1], found.talks),
+        seeds=tuple(sorted({run.seed for one in series for run in one.runs})),
+        numbers=comparison(series[0], series[1], found.talks) if len(series) == 2 else {},
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,17 @@ from nanoflow.bench.bounds import bounds_of_run
 from nanoflow.bench.engines import built
 from nanoflow.bench.numbers import energy_of, over_runs, throughput_numbers
 from nanoflow.bench.optimes import Machine, trace_plans, tracing
-from nanoflow.bench.result import BenchKind, BenchResult, Column, IterationTrace, Run, Series, rounded
+from nanoflow.bench.result import (
+    BenchKind,
+    BenchResult,
+    Column,
+    IterationTrace,
+    OnResult,
+    Run,
+    Series,
+    partial,
+    rounded,
+)
 from nanoflow.bench.session import OnNote, OnProgress, Record, check_fits, make_sequences, run_sequences
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.batch import BatchPlan
@@ -48,10 +58,11 @@ class OfflineOptions:
 
 @dataclass(frozen=True)
 class Listeners:
-    """Who hears of a benchmark's progress, and of each run's end."""
+    """Who hears of a benchmark's progress, of each run's end, and of what there is of the result by then."""
 
     on_progress: OnProgress | None = None
     on_note: OnNote | None = None
+    on_result: OnResult | None = None
 
     def of(self, name: str) -> OnProgress | None:
         """Progress of one run, with its name before each word."""
@@ -64,6 +75,11 @@ class Listeners:
             work = record.work
             rate = (work.prompt_tokens + work.output_tokens) / record.elapsed_s
             self.on_note(f"{name}: {rate:,.0f} tokens/s in {record.elapsed_s:.1f} s")
+
+    def keep(self, result: BenchResult) -> None:
+        """There is so much of a result (`result.partial`), or the whole."""
+        if self.on_result is not None:
+            self.on_result(result)
 
 
 SILENT = Listeners()
@@ -95,31 +111,36 @@ def measure_offline(
     listeners: Listeners,
 ) -> BenchResult:
     """Warm up, run, trace: one workload on an idle engine."""
-    started_at = environment.now_text()
+    blank = _blank(engine, rates, requests, command)
+    series = Series(engine.pipeline.name, pipeline=json.loads(engine.pipeline.to_json()))
     warm_up(engine, requests, options.warmup)
-    records: list[Record] = []
     for number, seed in enumerate(seeds_of(options)):
         name = f"{requests.info.name}, run {number + 1} of {options.runs}"
-        records.append(run_sequences(engine, make_sequences(engine, requests, seed), listeners.of(name)))
-        listeners.end(name, records[-1])
-    runs = tuple(
-        run_of(engine, rates, requests, record, seed) for record, seed in zip(records, seeds_of(options), strict=True)
-    )
-    trace, notes = traced(engine, engine.core.launcher, records[-1].log.typical_plans(options.trace), rates)
-    pipeline = json.loads(engine.pipeline.to_json())
+        record = run_sequences(engine, make_sequences(engine, requests, seed), listeners.of(name))
+        listeners.end(name, record)
+        runs = (*series.runs, run_of(engine, rates, requests, record, seed))
+        series = replace(series, runs=runs, numbers=over_runs(runs))
+        result = replace(blank, series=(series,), seeds=tuple(run.seed for run in runs))
+        listeners.keep(partial(result, f"{number + 1} of {options.runs} runs are done, nothing is traced yet"))
+    trace, notes = traced(engine, engine.core.launcher, record.log.typical_plans(options.trace), rates)
+    result = replace(result, series=(replace(series, trace=trace),), notes=notes)
+    listeners.keep(result)
+    return result
+
+
+def _blank(engine: Engine, rates: MachineRates, requests: RequestSet, command: tuple[str, ...]) -> BenchResult:
+    """A result of nothing yet."""
     return BenchResult(
         kind=BenchKind.OFFLINE,
         title=f"{engine.spec.name}, {requests.info.name}, {len(requests)} requests at once",
-        started_at=started_at,
+        started_at=environment.now_text(),
         command=command,
         versions=environment.versions(),
         machine=environment.machine_info(engine, rates),
         model=environment.model_info(engine),
         workload=requests.info,
-        series=(Series(engine.pipeline.name, runs, over_runs(runs), pipeline=pipeline, trace=trace),),
+        series=(),
         engine=environment.engine_options(engine.config),
-        seeds=tuple(seeds_of(options)),
-        notes=notes,
     )
 
 

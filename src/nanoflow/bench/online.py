@@ -66,7 +66,10 @@ class OnlineOptions:
 
 
 class Sweep:
-    """Measures rates one after the other and keeps what it found; of an engine that is `metered`, bounds and energy."""
+    """Measures rates one after the other and keeps what it found; of an engine that is `metered`, bounds and energy.
+
+    `on_series` is called after each rate.
+    """
 
     def __init__(
         self,
@@ -75,12 +78,14 @@ class Sweep:
         vocab_size: int,
         on_progress: OnProgress | None = None,
         metered: Metered | None = None,
+        on_series: Callable[[], None] | None = None,
     ) -> None:
         self._target = target
         self._options = options
         self._vocab_size = vocab_size
         self._on_progress = on_progress
         self._metered = metered
+        self._on_series = on_series
         self.series: list[Series] = []
         self.last_requests: RequestSet | None = None
 
@@ -97,6 +102,10 @@ class Sweep:
         if options.find:
             await highest_sustained(self.probe, known, options.resolution)
         self.series.sort(key=lambda series: series.rate_rps or 0.0)
+        return self.highest_sustained_rps()
+
+    def highest_sustained_rps(self) -> float | None:
+        """Of the rates that were measured so far."""
         sustained = [series.rate_rps for series in self.series if series.numbers["sustained"] and series.rate_rps]
         return max(sustained, default=None)
 
@@ -114,6 +123,8 @@ class Sweep:
         numbers = run_numbers(record, self._options.limit_s, 1 if self._metered is None else self._metered.devices)
         run = Run(seed, record.elapsed_s, numbers, bounds, energy, requests=record.columns())
         self.series.append(Series(f"{rate_rps:g} requests/s", (run,), numbers, rate_rps=rate_rps))
+        if self._on_series is not None:
+            self._on_series()
         await asyncio.sleep(PAUSE_S)
         return bool(numbers["sustained"])
 

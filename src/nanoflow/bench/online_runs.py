@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 from nanoflow.bench import environment
@@ -14,7 +15,7 @@ from nanoflow.bench.numbers import over_runs, throughput_numbers
 from nanoflow.bench.offline import WARM_UP_SEED, OfflineOptions, seeds_of
 from nanoflow.bench.online import OnlineOptions, Sweep
 from nanoflow.bench.overhead import measure_overhead
-from nanoflow.bench.result import BenchKind, BenchResult, ClientOverhead, ModelInfo, Run, Series
+from nanoflow.bench.result import BenchKind, BenchResult, ClientOverhead, ModelInfo, OnResult, Run, Series, partial
 from nanoflow.bench.workloads import RequestSet
 from nanoflow.core.config import EngineConfig
 from nanoflow.engine.async_llm import AsyncLLM
@@ -26,26 +27,33 @@ def online_in_process(
     *,
     command: tuple[str, ...] = (),
     on_progress: OnProgress | None = None,
+    on_result: OnResult | None = None,
     show_progress: bool = False,
 ) -> BenchResult:
-    """A sweep on an engine of this process. Raises the errors of `build_engine`."""
+    """A sweep on an engine of this process. Raises the errors of `build_engine`.
+
+    `on_result` is given what there is after each rate, and the whole at the end; so it is in the functions below.
+    """
     started_at = environment.now_text()
     llm = AsyncLLM.from_config(config, show_progress=show_progress)
     engine = llm.engine
     try:
         metered = Metered(engine, engine.rates)
-        sweep = Sweep(InProcess(llm), options, engine.spec.vocab_size, on_progress, metered)
+        machine, served = environment.machine_info(engine, metered.rates), environment.engine_options(engine.config)
 
-        async def measure() -> tuple[ClientOverhead, float | None]:
-            return await measure_overhead(over_http=False), await sweep.run()
+        async def measure() -> BenchResult:
+            overhead = await measure_overhead(over_http=False)
 
-        overhead, highest = asyncio.run(measure())
-        result = _result(sweep, options, highest, overhead, environment.model_info(engine), started_at, command)
-        return replace(
-            result,
-            machine=environment.machine_info(engine, metered.rates),
-            engine=environment.engine_options(engine.config),
-        )
+            def result() -> BenchResult:
+                made = _result(sweep, options, overhead, environment.model_info(engine), started_at, command)
+                return replace(made, machine=machine, engine=served)
+
+            telling = _partly(result, on_result)
+            sweep = Sweep(InProcess(llm), options, engine.spec.vocab_size, on_progress, metered, telling)
+            await sweep.run()
+            return result()
+
+        return _told(asyncio.run(measure()), on_result)
     finally:
         llm.close()
 
@@ -58,17 +66,25 @@ def online_endpoint(
     *,
     command: tuple[str, ...] = (),
     on_progress: OnProgress | None = None,
+    on_result: OnResult | None = None,
 ) -> BenchResult:
     """A sweep against a server."""
     started_at = environment.now_text()
-    sweep = Sweep(endpoint, options, vocab_size, on_progress)
 
-    async def measure() -> tuple[ClientOverhead, float | None]:
+    async def measure() -> BenchResult:
         async with endpoint:
-            return await measure_overhead(over_http=True), await sweep.run()
+            overhead = await measure_overhead(over_http=True)
 
-    overhead, highest = asyncio.run(measure())
-    return replace(_result(sweep, options, highest, overhead, model, started_at, command), target=endpoint.name)
+            def result() -> BenchResult:
+                made = _result(sweep, options, overhead, model, started_at, command)
+                return replace(made, target=endpoint.name)
+
+            telling = _partly(result, on_result)
+            sweep = Sweep(endpoint, options, vocab_size, on_progress, on_series=telling)
+            await sweep.run()
+            return result()
+
+    return _told(asyncio.run(measure()), on_result)
 
 
 def offline_endpoint(
@@ -80,35 +96,62 @@ def offline_endpoint(
     *,
     command: tuple[str, ...] = (),
     on_progress: OnProgress | None = None,
+    on_result: OnResult | None = None,
 ) -> BenchResult:
     """All requests at once against a server: the same client and workload for a peer."""
-    started_at = environment.now_text()
+    blank = _blank(endpoint, model, requests, command)
 
-    async def measure() -> tuple[ClientOverhead, tuple[Run, ...]]:
+    async def measure() -> BenchResult:
         async with endpoint:
             overhead = await measure_overhead(over_http=True)
             if options.warmup:
                 few = requests.first(options.warmup)
                 await run_load(endpoint, few, prepare_all(endpoint, few, vocab_size, WARM_UP_SEED))
-            return overhead, tuple([await _at_once(endpoint, requests, vocab_size, s, on_progress) for s in seeds])
+            runs: tuple[Run, ...] = ()
+            for seed in seeds_of(options):
+                runs = (*runs, await _at_once(endpoint, requests, vocab_size, seed, on_progress))
+                series, seeds = Series("endpoint", runs, over_runs(runs)), tuple(run.seed for run in runs)
+                result = replace(blank, series=(series,), seeds=seeds, client=overhead, notes=_failures(runs))
+                _told(partial(result, f"{len(runs)} of {options.runs} runs are done"), on_result)
+            return result
 
-    seeds = seeds_of(options)
-    overhead, runs = asyncio.run(measure())
+    return _told(asyncio.run(measure()), on_result)
+
+
+def _blank(endpoint: Endpoint, model: ModelInfo, requests: RequestSet, command: tuple[str, ...]) -> BenchResult:
+    """A result of nothing yet."""
     return BenchResult(
         kind=BenchKind.OFFLINE,
         title=f"{model.name} at {endpoint.name}, {requests.info.name}, {len(requests)} requests at once",
-        started_at=started_at,
+        started_at=environment.now_text(),
         command=command,
         versions=environment.versions(),
         machine=environment.client_machine(),
         model=model,
         workload=requests.info,
-        series=(Series("endpoint", runs, over_runs(runs)),),
+        series=(),
         target=endpoint.name,
-        seeds=tuple(seeds),
-        client=overhead,
-        notes=_failures(runs),
     )
+
+
+def _partly(result: Callable[[], BenchResult], on_result: OnResult | None) -> Callable[[], None] | None:
+    """What a sweep calls after each rate."""
+    if on_result is None:
+        return None
+
+    def tell() -> None:
+        there = result()
+        n = len(there.series)
+        _told(partial(there, "1 rate is measured" if n == 1 else f"{n} rates are measured"), on_result)
+
+    return tell
+
+
+def _told(result: BenchResult, on_result: OnResult | None) -> BenchResult:
+    """The result, which whoever listens is given."""
+    if on_result is not None:
+        on_result(result)
+    return result
 
 
 async def _at_once(
@@ -125,13 +168,14 @@ async def _at_once(
 def _result(
     sweep: Sweep,
     options: OnlineOptions,
-    highest: float | None,
     overhead: ClientOverhead,
     model: ModelInfo,
     started_at: str,
     command: tuple[str, ...],
 ) -> BenchResult:
+    """Of the rates that were measured so far."""
     assert sweep.last_requests is not None, "a sweep has at least one rate"
+    highest = sweep.highest_sustained_rps()
     whole = replace(sweep.last_requests.info, arrivals=options.arrivals, seed=options.seed)
     return BenchResult(
         kind=BenchKind.ONLINE,
@@ -142,7 +186,7 @@ def _result(
         machine=environment.client_machine(),
         model=model,
         workload=whole,
-        series=tuple(sweep.series),
+        series=tuple(sorted(sweep.series, key=lambda series: series.rate_rps or 0.0)),
         seeds=tuple(sorted({run.seed for series in sweep.series for run in series.runs})),
         client=overhead,
         numbers={} if highest is None else {"highest_sustained_rate_rps": highest},

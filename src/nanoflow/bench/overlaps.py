@@ -1,4 +1,4 @@
-"""Where an ablation's overlapping pipelines come from: a file, or what tuning kept for this model and machine.
+"""Where an ablation's overlapping pipelines come from: files, or what tuning kept for this model and machine.
 
 With several ranks tuning has verified pipelines of each kind of overlap; the fastest of each, as measured, is taken,
 and with it the collectives that the profile chose for the baselines.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanoflow.analysis.profile_table import ProfileTable
 from nanoflow.core.config import EngineConfig
-from nanoflow.core.errors import NanoflowError
+from nanoflow.core.errors import ConfigError, NanoflowError
 from nanoflow.core.log import get_logger
 from nanoflow.core.ops import Op, Resource
 from nanoflow.engine import tuned
@@ -28,28 +28,32 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class OverlapSource:
-    """Where an overlapping pipeline may come from: a file, else what tuning for `workload` kept (or keeps now)."""
+    """Where overlapping pipelines may come from: files, else what tuning for `workload` kept (or keeps now)."""
 
     workload: str
-    file: Path | None = None
+    files: tuple[Path, ...] = ()
     search_seconds: float = 45.0
     tune: bool = False
 
 
 @dataclass(frozen=True)
 class Overlaps:
-    """The pipelines that are known, by what they overlap; `baselines` by name, with the same choice of collectives."""
+    """The pipelines that are known, by what they overlap; `baselines` by name, with the same choice of collectives.
+
+    `by_hand` are those of files. A single one is also the pipeline of its kind of overlap.
+    """
 
     memory: Pipeline | None = None
     network: Pipeline | None = None
     both: Pipeline | None = None
     baselines: tuple[Pipeline, ...] = ()
+    by_hand: tuple[Pipeline, ...] = ()
 
     @property
     def all(self) -> tuple[Pipeline, ...]:
         """Every pipeline there is."""
         found = (self.memory, self.network, self.both)
-        return (*(one for one in found if one is not None), *self.baselines)
+        return (*(one for one in found if one is not None), *self.baselines, *self.by_hand)
 
     @property
     def dense_batch(self) -> int | None:
@@ -63,16 +67,13 @@ class Overlaps:
 
 
 def find_overlaps(config: EngineConfig, source: OverlapSource) -> Overlaps:
-    """The overlapping pipeline of the file given; else what tuning kept, or a search of the kept profile finds.
+    """The pipelines of the files given; else what tuning kept, or a search of the kept profile finds.
 
-    Nothing where nothing is kept for this model and machine. Raises `PipelineError` for a bad file.
+    Nothing where nothing is kept for this model and machine. Raises `PipelineError` for a bad file and `ConfigError`
+    for files that cannot be compared.
     """
-    ranks = config.device.tensor_parallel_size
-    if source.file is not None:
-        given = Pipeline.load(source.file)
-        if ranks == 1:
-            return Overlaps(memory=given)
-        return Overlaps(network=given) if beside_products(given) == {Resource.NETWORK} else Overlaps(both=given)
+    if source.files:
+        return _by_hand(source.files, config.device.tensor_parallel_size)
     try:
         found = _kept(config, source)
         if not found.all and source.tune:
@@ -82,6 +83,27 @@ def find_overlaps(config: EngineConfig, source: OverlapSource) -> Overlaps:
     except (NanoflowError, ImportError) as error:
         _log.warning("no pipeline could be searched: %s", error)
         return Overlaps()
+
+
+def _by_hand(files: Sequence[Path], ranks: int) -> Overlaps:
+    """The pipelines of files. One alone takes the row of its kind, several have rows of their own."""
+    given = tuple(Pipeline.load(file) for file in files)
+    names = [one.name for one in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two pipelines of --overlap have the name {name!r}; rename one, or leave it out.")
+    sizes = {one.dense_batch: one.name for one in given}
+    if len(sizes) > 1:
+        said = ", ".join(f"{name!r} for {size}" for size, name in sizes.items())
+        raise ConfigError(f"pipelines of --overlap are for different dense batches ({said}); give those of one size.")
+    if len(given) > 1:
+        return Overlaps(by_hand=given)
+    (one,) = given
+    if ranks == 1:
+        return Overlaps(memory=one, by_hand=given)
+    if beside_products(one) == {Resource.NETWORK}:
+        return Overlaps(network=one, by_hand=given)
+    return Overlaps(both=one, by_hand=given)
 
 
 def beside_products(pipeline: Pipeline) -> set[Resource]:

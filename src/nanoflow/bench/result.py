@@ -8,11 +8,11 @@ apply is `None` or empty, never zero.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +22,8 @@ from nanoflow.core.errors import ConfigError
 from nanoflow.core.hardware import MachineRates
 
 FORMAT_VERSION = 1
+PARTIAL = "partial"
+"""How the first note of a result begins that is still being measured, or whose benchmark was cut off."""
 
 Column: TypeAlias = tuple[float | int | str | None, ...]
 """One raw quantity, an entry a request (or an iteration)."""
@@ -251,19 +253,36 @@ class BenchResult:
         return json.dumps(encode(self), indent=1, allow_nan=False)
 
     def save(self, path: Path) -> None:
-        """Write beside the place and rename, so that no reader sees half a file. `ConfigError` if it cannot be."""
-        text = self.to_json()
-        temporary: str | None = None
+        """Write it as `save_text` does. `ConfigError` if it cannot be."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
+            save_text(path, self.to_json())
         except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             raise ConfigError(f"the result cannot be written to {path}: {error}; choose another place.") from error
+
+
+def partial(result: BenchResult, what: str) -> BenchResult:
+    """What there is of a result that is still being measured, with a note that says how far it is."""
+    return replace(result, notes=(f"{PARTIAL}: {what}", *result.notes))
+
+
+OnResult = Callable[[BenchResult], None]
+"""Given what there is of a result after each round, and the whole at the end."""
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write beside the place and rename, so that no reader sees half a file, whenever this process is killed.
+
+    Raises `OSError`.
+    """
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def parse_result(text: str, where: str = "the result") -> BenchResult:

@@ -7,11 +7,13 @@ between them.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from nanoflow.bench.overlaps import Overlaps
-from nanoflow.core.errors import DeviceMemoryError
+from nanoflow.core.errors import ConfigError, DeviceMemoryError
 from nanoflow.device.base import Device
 from nanoflow.engine.beside import executor_beside
 from nanoflow.engine.build import Engine
@@ -34,6 +36,29 @@ NO_BOTH = (
     "no pipeline is known here that overlaps memory too: run nanoflow tune, or give --overlap FILE if it made none"
 )
 
+SEVERAL = "several pipelines are given by --overlap; each has a row of its own"
+OFFLOAD = "KV offload"
+ROWS = (SEQUENTIAL, NANO_BATCHES, NETWORK, BOTH, MEMORY, SYNCHRONOUS, OFFLOAD)
+"""What `--variants` may name, in the order of the table."""
+PLAIN, OFFLOAD_OFF, OFFLOAD_ON = "plain engine", f"{OFFLOAD} off", f"{OFFLOAD} on"
+RESERVED = frozenset({*ROWS, PLAIN, OFFLOAD_OFF, OFFLOAD_ON})
+"""Names that rows have, which no pipeline may take."""
+_TAIL = re.compile(r" (only|overlap|scheduling)$")
+
+
+def short(row: str) -> str:
+    """A row's name as one types it: `network + memory overlap` → `network+memory`."""
+    return _TAIL.sub("", row.strip().lower()).replace(" ", "")
+
+
+def rows_named(names: Sequence[str]) -> frozenset[str]:
+    """The rows that are meant, by short or whole names, with `sequential`. Raises `ConfigError` for an unknown one."""
+    known = {short(row): row for row in ROWS}
+    for name in names:
+        if short(name) not in known:
+            raise ConfigError(f"--variants: {name!r} is no row; choose of {', '.join(known)}.")
+    return frozenset({SEQUENTIAL, *(known[short(name)] for name in names)})
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -45,11 +70,28 @@ class Variant:
     reason: str = ""
 
 
-def variants_for(engine: Engine, overlaps: Overlaps) -> list[Variant]:
-    """All variants of an ablation, with the overlapping pipelines that are known.
+def variants_for(engine: Engine, overlaps: Overlaps, rows: Collection[str] = ROWS) -> list[Variant]:
+    """The variants of an ablation that share an engine, with the overlapping pipelines that are known.
 
-    With several ranks network overlap needs none: the hand-written one will do.
+    Of the `rows` that are wanted, and whatever was given by hand. With several ranks network overlap needs none that is
+    known: the hand-written one will do.
     """
+    by_hand = overlaps.by_hand
+    return [
+        one
+        for one in _all_variants(engine, overlaps)
+        if one.name in rows or any(one.pipeline is given for given in by_hand)
+    ]
+
+
+def check_names(overlaps: Overlaps, compared: Collection[str]) -> None:
+    """Raise `ConfigError` if one of several pipelines of files would have the name of another row."""
+    for one in overlaps.by_hand if len(overlaps.by_hand) > 1 else ():
+        if one.name in RESERVED or one.name in compared:
+            raise ConfigError(f"a pipeline of --overlap has the name of another row, {one.name!r}; rename it.")
+
+
+def _all_variants(engine: Engine, overlaps: Overlaps) -> list[Variant]:
     ranks, dense_batch = engine.config.device.tensor_parallel_size, engine.pipeline.dense_batch
     graph = layer_graph(engine.spec, ranks)
     known = {one.name: one for one in overlaps.baselines}
@@ -60,13 +102,21 @@ def variants_for(engine: Engine, overlaps: Overlaps) -> list[Variant]:
     network = overlaps.network
     if network is None and ranks > 1 and dense_batch >= 2:
         network = network_overlap(graph, dense_batch)
+    several = overlaps.by_hand if len(overlaps.by_hand) > 1 else ()
     return [
         Variant(SEQUENTIAL, base),
         Variant(NANO_BATCHES, split, reason="" if split else "a batch of one token cannot be split"),
         Variant(NETWORK, network, reason="" if network else ONE_RANK),
-        _or_why_not(BOTH, overlaps.both, NO_BOTH if ranks > 1 else f"{ONE_RANK}; see {MEMORY}"),
-        _or_why_not(MEMORY, overlaps.memory, NO_OVERLAP if ranks == 1 else f"with several ranks see {BOTH}"),
+        _or_why_not(
+            BOTH, overlaps.both, f"{ONE_RANK}; see {MEMORY}" if ranks == 1 else SEVERAL if several else NO_BOTH
+        ),
+        _or_why_not(
+            MEMORY,
+            overlaps.memory,
+            f"with several ranks see {BOTH}" if ranks > 1 else SEVERAL if several else NO_OVERLAP,
+        ),
         Variant(SYNCHRONOUS, base, asynchronous=False),
+        *(Variant(one.name, one) for one in several),
     ]
 
 

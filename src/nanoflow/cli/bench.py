@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanoflow.cli import bench_options, options
+from nanoflow.cli.bench_files import ResultFiles
 from nanoflow.cli.parser import add_log_level
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from nanoflow.bench.endpoint import Endpoint
-    from nanoflow.bench.result import BenchResult, ModelInfo
+    from nanoflow.bench.result import BenchResult, ModelInfo, OnResult
     from nanoflow.bench.workloads import Limits, RequestSet
 
 HELP = "measure throughput and latency, of this engine or of any OpenAI endpoint"
@@ -40,43 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark, write its JSON, print its numbers."""
-    from nanoflow.bench.pages import page_of
     from nanoflow.bench.show import lines_of
 
-    results: list[BenchResult] = args.bench(args)
-    files = [place_of(args.output, result, several=len(results) > 1) for result in results]
-    for result, file in zip(results, files, strict=True):
-        if file is not None:
-            result.save(file)
-        if args.json:
-            print(json.dumps(json.loads(result.to_json())))
-            continue
-        for line in lines_of(result):
+    files = ResultFiles(args.output, args.page, several=several_workloads(args))
+    results: list[BenchResult] = args.bench(args, files.keep)
+    for result in results:  # printed first: a full disk must not cost the numbers
+        for line in [json.dumps(json.loads(result.to_json()))] if args.json else lines_of(result):
             print(line)
-        if file is not None:
-            print(f"written to {file}")
-    if args.page is not None:
-        write_text(args.page, page_of(results, files))
+    files.finish(results)
+    if args.output is not None and not args.json:
+        for result in results:
+            print(f"written to {files.place(result)}")
     return 0
 
 
-def place_of(output: Path | None, result: BenchResult, *, several: bool) -> Path | None:
-    """The file of a result: the one named, or one in the folder named by what was measured."""
-    if output is None or (output.suffix == ".json" and not several):
-        return output
-    words = f"{result.model.name}_{result.kind}_{result.workload.name}"
-    return output.with_suffix("") / f"{re.sub(r'[^A-Za-z0-9_.~-]+', '-', words)}.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a page. Raises `ConfigError` if it cannot be."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"the page cannot be written to {path}: {error}; choose another place.") from error
-
-
-def run_offline(args: argparse.Namespace) -> list[BenchResult]:
+def run_offline(args: argparse.Namespace, keep: OnResult) -> list[BenchResult]:
     """All requests at once, on this engine or at a URL."""
     from nanoflow.bench.environment import command_line
     from nanoflow.bench.offline import Listeners, OfflineOptions, run_offline
@@ -89,22 +66,28 @@ def run_offline(args: argparse.Namespace) -> list[BenchResult]:
     with TaskBar("benchmark", show=show) as bar:
         tell = bar.tasks if show else None
         if args.url is None:
-            heard = Listeners(tell, note)
+            heard = Listeners(tell, note, keep)
             return run_offline(config, workloads, settings, command=command_line(), listeners=heard, show_progress=show)
         from nanoflow.bench.online_runs import offline_endpoint
 
         results = []
         for requests in workloads:
             endpoint, model, vocab_size = endpoint_of(args, config)
-            results.append(
-                offline_endpoint(
-                    endpoint, model, vocab_size, requests, settings, command=command_line(), on_progress=tell
-                )
+            done = offline_endpoint(
+                endpoint,
+                model,
+                vocab_size,
+                requests,
+                settings,
+                command=command_line(),
+                on_progress=tell,
+                on_result=keep,
             )
+            results.append(done)
         return results
 
 
-def run_online(args: argparse.Namespace) -> list[BenchResult]:
+def run_online(args: argparse.Namespace, keep: OnResult) -> list[BenchResult]:
     """A sweep over request rates, on this engine or at a URL."""
     from nanoflow.bench.environment import command_line
     from nanoflow.bench.online import OnlineOptions
@@ -130,12 +113,18 @@ def run_online(args: argparse.Namespace) -> list[BenchResult]:
     with TaskBar("benchmark", show=show) as bar:
         tell = bar.tasks if show else None
         if args.url is None:
-            return [online_in_process(config, settings, command=command_line(), on_progress=tell, show_progress=show)]
+            result = online_in_process(
+                config, settings, command=command_line(), on_progress=tell, on_result=keep, show_progress=show
+            )
+            return [result]
         endpoint, model, vocab_size = endpoint_of(args, config)
-        return [online_endpoint(endpoint, model, vocab_size, settings, command=command_line(), on_progress=tell)]
+        result = online_endpoint(
+            endpoint, model, vocab_size, settings, command=command_line(), on_progress=tell, on_result=keep
+        )
+        return [result]
 
 
-def run_ablation(args: argparse.Namespace) -> list[BenchResult]:
+def run_ablation(args: argparse.Namespace, keep: OnResult) -> list[BenchResult]:
     """Pipelines and loops on one engine, in turn; then engines with other options."""
     from nanoflow.bench.ablation import AblationOptions, run_ablation
     from nanoflow.bench.environment import command_line
@@ -150,18 +139,19 @@ def run_ablation(args: argparse.Namespace) -> list[BenchResult]:
         seed=config.model.seed,
         warmup=args.warmup,
         trace=args.trace_iterations,
-        overlap=args.overlap,
+        overlaps=tuple(args.overlap),
         search_seconds=args.search_seconds,
         tune=args.tune,
         compare={text: changes_of(text) for text in args.compare},
+        variants=None if args.variants is None else tuple(args.variants.split(",")),
     )
     show = sys.stderr.isatty()
     with TaskBar("benchmark", show=show) as bar:
-        heard = Listeners(bar.tasks if show else None, note)
+        heard = Listeners(bar.tasks if show else None, note, keep)
         return run_ablation(config, workloads, settings, command=command_line(), listeners=heard, show_progress=show)
 
 
-def run_multiround(args: argparse.Namespace) -> list[BenchResult]:
+def run_multiround(args: argparse.Namespace, keep: OnResult) -> list[BenchResult]:
     """Conversations with and without reuse of their KV cache."""
     from nanoflow.bench.environment import command_line
     from nanoflow.bench.multiround import MultiroundOptions, run_multiround
@@ -187,7 +177,14 @@ def run_multiround(args: argparse.Namespace) -> list[BenchResult]:
     with TaskBar("benchmark", show=show) as bar:
         tell = bar.tasks if show else None
         result = run_multiround(
-            config, args.workload.stem, trace, settings, command=command_line(), on_progress=tell, show_progress=show
+            config,
+            args.workload.stem,
+            trace,
+            settings,
+            command=command_line(),
+            on_progress=tell,
+            on_result=keep,
+            show_progress=show,
         )
         return [result]
 
@@ -249,6 +246,11 @@ def numbers_of(option: str, text: str) -> tuple[float, ...]:
 def named_workloads(args: argparse.Namespace) -> list[str]:
     """What `--workload` said, once or several times."""
     return args.workload or [args.default_workload]
+
+
+def several_workloads(args: argparse.Namespace) -> bool:
+    """Whether the results are several."""
+    return isinstance(args.workload, list) and len(args.workload) > 1
 
 
 def workloads_of(args: argparse.Namespace, seed: int) -> list[RequestSet]:

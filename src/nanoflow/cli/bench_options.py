@@ -64,7 +64,20 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
     group.add_argument("--warmup", type=int, default=8, metavar="N", help="requests to run before (default 8)")
     add_traced(group, 3)
-    group.add_argument("--overlap", type=Path, metavar="FILE", help="the overlapping pipeline (default: the tuned one)")
+    group.add_argument(
+        "--overlap",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an overlapping pipeline (default: the tuned one; repeatable: several have a row each)",
+    )
+    group.add_argument(
+        "--variants",
+        metavar="NAME,...",
+        help="run these rows only, of sequential (always run), nano-batches, network, network+memory, memory, "
+        "synchronous, kvoffload (default: all)",
+    )
     group.add_argument("--tune", action="store_true", help="run nanoflow tune first where nothing is tuned")
     group.add_argument(
         "--search-seconds",
@@ -138,7 +151,11 @@ def add_endpoint(group: argparse._ArgumentGroup) -> None:
 def add_output(group: argparse._ArgumentGroup) -> None:
     """Where the result goes."""
     group.add_argument(
-        "--output", "-o", type=Path, metavar="PLACE", help="write the raw results to this .json file, or into a folder"
+        "--output",
+        "-o",
+        type=Path,
+        metavar="PLACE",
+        help="write the raw results to this .json file, or into a folder, after each round what there is",
     )
-    group.add_argument("--page", type=Path, metavar="FILE.md", help="write a page with commands, table and text")
+    group.add_argument("--page", type=Path, metavar="FILE.md", help="write a page with commands, table and text, too")
     group.add_argument("--json", action="store_true", help="print the results' JSON, a line each, and nothing else")
