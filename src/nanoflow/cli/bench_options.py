@@ -141,7 +141,7 @@ def add_endpoint(group: argparse._ArgumentGroup) -> None:
     """Where to send it instead of to an engine of this process."""
     group.add_argument("--url", help="send to this server with OpenAI's API instead; MODEL then says which model it is")
     name = group.add_argument(
-        "--served-model-name", dest="served_model", metavar="NAME", help="its name there (default: the first it lists)"
+        "--served-model-name", dest="served_model", metavar="NAME", help="the model at --url (default: its first)"
     )
     options.add_old_name(group, "--served-model", name)
     group.add_argument("--api-key", metavar="KEY", help="the server's key (default: $NANOFLOW_API_KEY)")
