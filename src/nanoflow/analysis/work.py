@@ -87,11 +87,13 @@ class WorkCounter:
         self.flops = 0.0
         self.mem_bytes = 0.0
         self.wire_bytes = 0.0
+        self.small_iterations = 0
 
-    def add(self, plan: BatchPlan) -> None:
-        """Count one planned iteration."""
+    def add(self, plan: BatchPlan, *, small: bool = False) -> None:
+        """Count one planned iteration; `small` ones run in sequential order."""
         batch = batch_shape_of(plan, self.work.window)
         self.iterations += 1
+        self.small_iterations += small
         self.flops += self.work.flops(batch)
         self.mem_bytes += self.work.mem_bytes(batch)
         self.wire_bytes += self.work.wire_bytes_per_token * batch.n_tokens
@@ -106,4 +108,5 @@ class WorkCounter:
             output_tokens,
             recomputed_tokens,
             self.wire_bytes,
+            self.small_iterations,
         )

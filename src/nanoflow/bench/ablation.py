@@ -185,7 +185,8 @@ class _Shared:
 
     def switch(self, one: Ready) -> None:
         """From now on the engine runs this variant."""
-        self.engine.core.relaunch_with(one.launcher, asynchronous=one.variant.asynchronous)
+        least = one.pipeline.min_tokens
+        self.engine.core.relaunch_with(one.launcher, asynchronous=one.variant.asynchronous, min_tokens=least)
 
 
 class _Workload:

@@ -165,6 +165,7 @@ def run_of(engine: Engine, rates: MachineRates, requests: RequestSet, record: Re
     numbers = throughput_numbers(elapsed, len(requests), n_prompt, work.output_tokens, engine.devices) | {
         "prefill_tokens_computed": float(work.prompt_tokens),
         "iterations": float(work.iterations),
+        "small_iterations_percent": 100.0 * work.small_iterations / work.iterations,
         "iteration_mean_ms": 1e3 * elapsed / work.iterations,
         "batch_fill_percent": 100.0 * float(tokens.mean()) / dense,
         "batch_fill_median_percent": 100.0 * float(np.median(tokens)) / dense,

@@ -20,6 +20,7 @@ from nanoflow.engine.build import Engine
 from nanoflow.engine.core import Launcher
 from nanoflow.engine.ranks import GroupLauncher
 from nanoflow.engine.resolve import open_device
+from nanoflow.engine.small_batches import with_threshold
 from nanoflow.pipeline.baselines import nano_batches, network_overlap, sequential
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
@@ -74,7 +75,8 @@ def variants_for(engine: Engine, overlaps: Overlaps, rows: Collection[str] = ROW
     """The variants of an ablation that share an engine, with the overlapping pipelines that are known.
 
     Of the `rows` that are wanted, and whatever was given by hand. With several ranks network overlap needs none that is
-    known: the hand-written one will do.
+    known: the hand-written one will do. But for those given by hand, small batches run the sequential order, below what
+    tuning has measured or else the device's rates tell.
     """
     by_hand = overlaps.by_hand
     return [
@@ -103,16 +105,21 @@ def _all_variants(engine: Engine, overlaps: Overlaps) -> list[Variant]:
     if network is None and ranks > 1 and dense_batch >= 2:
         network = network_overlap(graph, dense_batch)
     several = overlaps.by_hand if len(overlaps.by_hand) > 1 else ()
+    rates = engine.rates
+    split, network, both, memory = (
+        one if one is None or any(one is given for given in overlaps.by_hand) else with_threshold(one, rates)
+        for one in (split, network, overlaps.both, overlaps.memory)
+    )
     return [
         Variant(SEQUENTIAL, base),
         Variant(NANO_BATCHES, split, reason="" if split else "a batch of one token cannot be split"),
         Variant(NETWORK, network, reason="" if network else ONE_RANK),
         _or_why_not(
-            BOTH, overlaps.both, f"{ONE_RANK}; see {MEMORY}" if ranks == 1 else SEVERAL if several else NO_BOTH
+            BOTH, both, f"{ONE_RANK}; see {MEMORY}" if ranks == 1 else SEVERAL if several else NO_BOTH
         ),
         _or_why_not(
             MEMORY,
-            overlaps.memory,
+            memory,
             f"with several ranks see {BOTH}" if ranks > 1 else SEVERAL if several else NO_OVERLAP,
         ),
         Variant(SYNCHRONOUS, base, asynchronous=False),

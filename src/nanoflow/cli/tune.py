@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanoflow.cli import options
 from nanoflow.cli.profile import add_workload
@@ -84,4 +84,17 @@ def print_report(tuning: Tuning) -> None:
             print(f"{one['name']} takes {compared} {one['form_of']}")
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     print(f"winner after {report['rounds']} rounds: {report['winner']} ({seconds})")
+    print_small_batches(report)
     print(f"kept in {tuning.path}; --pipeline auto uses it from now on")
+
+
+def print_small_batches(report: dict[str, Any]) -> None:
+    """What the winner takes in smaller batches, one row a size, and from which on it runs; nothing if it cuts none."""
+    for one in report["small_batches"]:
+        low, high = one["ratio_interval"]
+        print(
+            f"in batches of {one['tokens']} tokens {one['iteration_us'] / 1e3:.1f} ms, sequential "
+            f"{one['sequential_iteration_us'] / 1e3:.1f} ms: {one['ratio_to_sequential']:.3f} ({low:.3f} to {high:.3f})"
+        )
+    if report["min_tokens"]:
+        print(f"batches of fewer than {report['min_tokens']} tokens will run the sequential order")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 class WorkDone:
     """What all devices were asked to compute: counted from batch plans, so it needs no clock and no profiler.
 
-    `wire_bytes` are those that ranks send to each other, each counted once, at its sender.
+    `wire_bytes` are those that ranks send to each other, each counted once, at its sender. `small_iterations` are those
+    that ran in sequential order since their batch was smaller than the pipeline's `min_tokens`.
     """
 
     iterations: int = 0
@@ -19,6 +20,7 @@ class WorkDone:
     output_tokens: int = 0
     recomputed_tokens: int = 0
     wire_bytes: float = 0.0
+    small_iterations: int = 0
 
     def __sub__(self, other: WorkDone) -> WorkDone:
         return WorkDone(
@@ -29,6 +31,7 @@ class WorkDone:
             self.output_tokens - other.output_tokens,
             self.recomputed_tokens - other.recomputed_tokens,
             self.wire_bytes - other.wire_bytes,
+            self.small_iterations - other.small_iterations,
         )
 
 

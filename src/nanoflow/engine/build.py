@@ -26,6 +26,7 @@ from nanoflow.engine.rank_link import GroupLink
 from nanoflow.engine.ranks import GroupLauncher, RankGroup
 from nanoflow.engine.resolve import TORCH_DTYPES, choose_pipeline, find_tuned, open_device, resolve_dtype
 from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
+from nanoflow.engine.small_batches import known_rates
 from nanoflow.engine.submission import Submission
 from nanoflow.kernels.registry import create
 from nanoflow.kvcache.ranked_mover import RankedMover
@@ -123,7 +124,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Coll
     kernels = create(config.device.kernels, device.kind, dtype)
     ranks = config.device.tensor_parallel_size
     kept = find_tuned(config, spec, device, kernels.name)
-    pipeline = choose_pipeline(config, layer_graph(spec, ranks), kept, kind=device.kind)
+    rates = known_rates(config, device)
+    pipeline = choose_pipeline(config, layer_graph(spec, ranks), kept, kind=device.kind, rates=rates)
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
     group, rank = (None, None) if ranks == 1 else _gather_ranks(config, files, device, pipeline, also)
     least_work = iteration_work(spec, config.model.dtype, ranks)
@@ -165,7 +167,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Coll
         lower=lower,
     )
     work = WorkCounter(least_work)
-    core = EngineCore(scheduler, executor, work, asynchronous=config.scheduler.asynchronous)
+    asynchronous = config.scheduler.asynchronous
+    core = EngineCore(scheduler, executor, work, asynchronous=asynchronous, min_tokens=pipeline.min_tokens)
     _log.info(
         "ready in %.1f s: %s, %s kernels on %s", time.monotonic() - started, files.origin, kernels.name, device.name
     )

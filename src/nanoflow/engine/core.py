@@ -43,13 +43,25 @@ class InFlightBatch:
 
 
 class EngineCore:
-    """Turns queued sequences into tokens. `add` and `abort` may be called from any thread, the rest from one."""
+    """Turns queued sequences into tokens. `add` and `abort` may be called from any thread, the rest from one.
 
-    def __init__(self, scheduler: Scheduler, launcher: Launcher, work: WorkCounter, *, asynchronous: bool) -> None:
+    `min_tokens` is the pipeline's: batches below it are counted apart.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        launcher: Launcher,
+        work: WorkCounter,
+        *,
+        asynchronous: bool,
+        min_tokens: int = 0,
+    ) -> None:
         self.scheduler = scheduler
         self._launcher = launcher
         self._work = work
         self._asynchronous = asynchronous
+        self._min_tokens = min_tokens
         self._added: deque[Sequence] = deque()
         self._aborted: deque[Sequence] = deque()
         self._events: list[TokenEvent] = []
@@ -70,10 +82,10 @@ class EngineCore:
         """What launches batches now."""
         return self._launcher
 
-    def relaunch_with(self, launcher: Launcher, *, asynchronous: bool) -> None:
+    def relaunch_with(self, launcher: Launcher, *, asynchronous: bool, min_tokens: int = 0) -> None:
         """Go on with another launcher and order of steps, between runs: an ablation compares them on one engine."""
         assert not self.has_work, "only an idle engine can change its launcher"
-        self._launcher, self._asynchronous = launcher, asynchronous
+        self._launcher, self._asynchronous, self._min_tokens = launcher, asynchronous, min_tokens
 
     @property
     def n_queued(self) -> int:
@@ -144,7 +156,7 @@ class EngineCore:
 
     def _launch(self, scheduled: ScheduledBatch) -> InFlightBatch:
         pending = self._launcher.launch(scheduled.plan)
-        self._work.add(scheduled.plan)
+        self._work.add(scheduled.plan, small=scheduled.plan.n_tokens < self._min_tokens)
         self._batch_tokens = scheduled.plan.n_tokens
         return InFlightBatch(scheduled, pending)
 

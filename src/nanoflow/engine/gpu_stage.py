@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nanoflow.core.batch import BatchPlan
 from nanoflow.device.cuda import CudaDevice
 from nanoflow.device.replay import back_to_back
 from nanoflow.engine.sampler import LogitsSampler
@@ -23,16 +24,16 @@ class GpuStage(Stage):
 
     def measure(self, contender: Contender) -> IterationTime:
         """Mean time of an iteration and of its layers over `SECONDS` each, and the card's mean power meanwhile."""
-        executor = self.executor(contender.pipeline)
+        executor, plan = self.executor(contender.pipeline), self.batch(contender.pipeline)
         group = self.group
         if group is None:
-            return self._paced(executor)
-        return group.together(lambda: self._paced(executor), f"measuring {contender.name}", 2 * SECONDS)
+            return self._paced(executor, plan)
+        return group.together(lambda: self._paced(executor, plan), f"measuring {contender.name}", 2 * SECONDS)
 
-    def _paced(self, executor: Any) -> IterationTime:
+    def _paced(self, executor: Any, plan: BatchPlan) -> IterationTime:
         device = executor.device
-        whole = back_to_back(lambda: executor.launch(self.plan), device.main, device.energy_j, SECONDS)
-        layers = back_to_back(lambda: executor.launch_layers(self.plan), device.main, device.energy_j, SECONDS)
+        whole = back_to_back(lambda: executor.launch(plan), device.main, device.energy_j, SECONDS)
+        layers = back_to_back(lambda: executor.launch_layers(plan), device.main, device.energy_j, SECONDS)
         return IterationTime(whole.seconds * 1e6, layers.seconds * 1e6 / self.decoder.spec.n_layers, whole.watts)
 
     def _make_executor(self, pipeline: Pipeline) -> CapturedExecutor:
@@ -49,7 +50,7 @@ class GpuStage(Stage):
             max_requests=self.plan.n_requests,
             max_pages=self.plan.page_table.shape[1],
             page_tokens=self.page_tokens,
-            sizes=[self.plan.n_tokens],
+            sizes=[pipeline.dense_batch],
         )
         executor.warm_up()
         return executor

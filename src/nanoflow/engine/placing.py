@@ -50,7 +50,8 @@ class Rank:
         numbers = {lane.name: number for number, lane in enumerate(pipeline.lanes)}
         network = [nano for nano in pipeline.nano_ops if RESOURCE[nano.op] is Resource.NETWORK]
         lanes = {HEAD_LANE, *(numbers[nano.lane] for nano in network)}
-        return self.collectives(lanes, {nano.variant for nano in network})
+        small = {""} if pipeline.min_tokens > 1 else set()  # these batches take the default on `HEAD_LANE`
+        return self.collectives(lanes, {nano.variant for nano in network} | small)
 
     def collectives(self, lanes: Collection[int], variants: Collection[str]) -> tuple[LaneCollectives, Allocate]:
         """Collectives of these lanes by these implementations, and what allocates buffers for them.

@@ -11,11 +11,13 @@ import torch
 from nanoflow.core import env
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError, DeviceMemoryError
+from nanoflow.core.hardware import MachineRates
 from nanoflow.core.log import get_logger
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.device.base import Device
 from nanoflow.device.cpu import CpuDevice, fast_matrix_dtypes
 from nanoflow.engine import tuned
+from nanoflow.engine.small_batches import with_threshold
 from nanoflow.kernels.registry import available
 from nanoflow.pipeline.baselines import network_overlap, sequential
 from nanoflow.pipeline.graph import LayerGraph
@@ -177,10 +179,16 @@ def find_tuned(config: EngineConfig, spec: ModelSpec, device: Device, kernels: s
 
 
 def choose_pipeline(
-    config: EngineConfig, graph: LayerGraph, kept: Pipeline | None = None, *, kind: str = "cpu"
+    config: EngineConfig,
+    graph: LayerGraph,
+    kept: Pipeline | None = None,
+    *,
+    kind: str = "cpu",
+    rates: MachineRates | None = None,
 ) -> Pipeline:
     """The pipeline that `config.pipeline` names: a file, or a baseline (with `auto`, `kept` where there is one).
 
+    A baseline of several nano-batches has its `min_tokens` from the device's `rates`, where they are known.
     Raises `PipelineError` or `ConfigError`.
     """
     if config.pipeline == "auto" and kept is not None:
@@ -188,7 +196,8 @@ def choose_pipeline(
     elif config.pipeline in ("auto", "sequential"):
         pipeline = sequential(graph, config.scheduler.dense_batch or DEFAULTS[kind].dense_batch)
     elif config.pipeline == "network-overlap":
-        pipeline = network_overlap(graph, config.scheduler.dense_batch or DEFAULTS[kind].dense_batch)
+        cut = network_overlap(graph, config.scheduler.dense_batch or DEFAULTS[kind].dense_batch)
+        pipeline = with_threshold(cut, rates)
     else:
         pipeline = Pipeline.load(Path(config.pipeline))
         asked = config.scheduler.dense_batch
@@ -198,9 +207,10 @@ def choose_pipeline(
             )
     pipeline.validate(graph)
     _log.info(
-        "pipeline: %s, %d nano-operations a layer on %s",
+        "pipeline: %s, %d nano-operations a layer on %s%s",
         pipeline.name,
         len(pipeline.nano_ops),
         "one lane" if len(pipeline.lanes) == 1 else f"{len(pipeline.lanes)} lanes",
+        f"; sequential below {pipeline.min_tokens} tokens" if pipeline.min_tokens > 1 else "",
     )
     return pipeline

@@ -1,8 +1,8 @@
 """Runs pipelines of one model beside each other on one device kind, each iteration on the same synthetic steady batch.
 
 Every pipeline gets an executor with lanes of its own, so taking turns costs nothing. The batch is the whole dense batch
-of the stated workload: decode tokens over full page tables, then prompt chunks. With several ranks each has a stage;
-rank 0's launches every iteration on all of them, as in service.
+of the stated workload: decode tokens over full page tables, then prompt chunks; a pipeline of a smaller one gets a
+batch of its size. With several ranks each has a stage; rank 0's launches every iteration on all of them, as in service.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nanoflow.models.decoder import Decoder, DecoderWeights
 from nanoflow.models.sharded import HEAD_LANE, ShardedDecoder
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.profiling.subject import shared_kv
-from nanoflow.profiling.synthetic import pages_for
+from nanoflow.profiling.synthetic import SteadyMix, pages_for
 
 EMBED, HEAD = "embed", "head"
 
@@ -37,6 +37,7 @@ EMBED, HEAD = "embed", "head"
 class Stage:
     """`run` gives the measured timeline of one iteration of a pipeline. Close it to stop the lanes.
 
+    `plan` is the dense batch of `mix`, which uses `n_pages` pages; no batch of any pipeline is larger.
     `decoder_of` gives the decoder that a pipeline runs on (ranks: with the collectives that it names). `norming` are
     the kinds of all-reduce with the norm that follows which this device has. `group` is set on rank 0 where there are
     others.
@@ -44,25 +45,38 @@ class Stage:
 
     decoder: Decoder
     plan: BatchPlan
+    mix: SteadyMix
+    n_pages: int
     dtype: torch.dtype
     open_device: Callable[[], Device]
     page_tokens: int
     decoder_of: Callable[[Pipeline], Decoder] | None = None
     norming: tuple[str, ...] = ()
     group: RankGroup | None = None
-    _executors: dict[str, Any] = field(default_factory=dict)
+    _executors: dict[tuple[str, int], Any] = field(default_factory=dict)
+    _small: dict[int, BatchPlan] = field(default_factory=dict)
+
+    def batch(self, pipeline: Pipeline) -> BatchPlan:
+        """The batch that `pipeline` runs: as large as its dense batch."""
+        size = pipeline.dense_batch
+        if size == self.plan.n_tokens:
+            return self.plan
+        if size not in self._small:
+            self._small[size] = self.mix.of_size(size).plan(self.n_pages, self.page_tokens)
+        return self._small[size]
 
     def run(self, pipeline: Pipeline) -> list[Span]:
         """Spans of all launches of one iteration, in order of their start."""
         tracer = Tracer()
-        self.executor(pipeline).launch(self.plan, tracer).result()
+        self.executor(pipeline).launch(self.batch(pipeline), tracer).result()
         return tracer.spans()
 
     def executor(self, pipeline: Pipeline) -> Any:
         """The executor of `pipeline`, made on first use; on rank 0 it launches on all ranks."""
-        found = self._executors.get(pipeline.name)
+        key = pipeline.name, pipeline.dense_batch
+        found = self._executors.get(key)
         if found is None:
-            found = self._executors[pipeline.name] = self._everywhere(pipeline)
+            found = self._executors[key] = self._everywhere(pipeline)
         return found
 
     def measure(self, contender: Contender) -> IterationTime:
@@ -113,7 +127,7 @@ def open_stage(
     plan = mix.plan(n_pages, page)
     if rank is None:
         decoder = Decoder(spec, weights, bench.kernels, kv_layers, n_positions)
-        return kind(decoder, plan, bench.dtype, open_device, page)
+        return kind(decoder, plan, mix, n_pages, bench.dtype, open_device, page)
     shard = rank.shard
 
     def sharded(collectives: LaneCollectives, allocate: Allocate) -> Decoder:
@@ -124,7 +138,8 @@ def open_stage(
 
     collectives, allocate = rank.collectives([HEAD_LANE], [""])
     norming = norming_on(rank.device, collectives.at(HEAD_LANE))
-    return kind(sharded(collectives, allocate), plan, bench.dtype, open_device, page, decoder_of, norming)
+    first = sharded(collectives, allocate)
+    return kind(first, plan, mix, n_pages, bench.dtype, open_device, page, decoder_of, norming)
 
 
 def iteration_time(spans: list[Span], n_layers: int) -> IterationTime:

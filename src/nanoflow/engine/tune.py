@@ -1,7 +1,8 @@
 """Profile → search → verify: from a config to the pipeline that this machine runs fastest, kept in the user's cache.
 
 The composition root of tuning: it hands the profile to the search, which knows no device, and the search's candidates
-to the verification, which trusts no prediction. The sequential pipeline is always among the contenders.
+to the verification, which trusts no prediction. The sequential pipeline is always among the contenders, and what wins
+over it is measured in smaller batches too (`engine/small_batches.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from nanoflow.engine.contenders import find_contenders
 from nanoflow.engine.fusing import TRIAL_TIME, fused_forms, promising_forms
 from nanoflow.engine.profiling import make_settings, run_profile
 from nanoflow.engine.searching import DEFAULT_LIMITS, OnPhase, TuneLimits
+from nanoflow.engine.small_batches import (
+    MEASURED,
+    known_rates,
+    measure_small,
+    with_measured_threshold,
+    with_threshold,
+)
 from nanoflow.engine.stage import Stage
 from nanoflow.engine.team import Team
 from nanoflow.engine.tuned import TuningKey
@@ -30,6 +38,7 @@ from nanoflow.engine.verification import Contender, Verdict, verify
 from nanoflow.engine.workbench import Workbench, open_workbench
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.measured import layer_timeline
+from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.profiling.fingerprint import machine_fingerprint
 
 _log = get_logger(__name__)
@@ -79,8 +88,11 @@ def tune(
         verdict = _verify(bench, stage, contenders, limits, on_phase)
         contenders = [one.contender for one in verdict.measured]
         lap("verify")
-        report = _report(bench, key, verdict, seconds)
-        _keep(key, contenders, verdict, report)  # whatever comes of the traces
+        _keep(key, contenders, verdict, _report(bench, key, verdict, seconds))  # whatever comes of the rest
+        contenders = _with_thresholds(bench, stage, contenders, verdict, limits, on_phase)
+        lap("small_batches")
+        report = _report(bench, key, verdict, seconds, contenders[verdict.winner].pipeline)
+        _keep(key, contenders, verdict, report)
         contenders = [_with_measured(stage, contender) for contender in contenders]
         path = _keep(key, contenders, verdict, report)
     _log.info("tuned: %s wins, kept in %s", verdict.pipeline.name, path)
@@ -153,6 +165,31 @@ def _verify(
     )
 
 
+def _with_thresholds(
+    bench: Workbench,
+    stage: Stage,
+    contenders: Sequence[Contender],
+    verdict: Verdict,
+    limits: TuneLimits,
+    on_phase: OnPhase | None,
+) -> list[Contender]:
+    """The contenders with `min_tokens`: the winner's is measured if it cuts batches, the others' follow from rates."""
+    winner, rates = verdict.pipeline, known_rates(bench.config, bench.device)
+    if len(winner.slices) > 1:
+        found = measure_small(
+            winner,
+            layer_graph(bench.spec, bench.ranks),
+            stage.measure,
+            seconds=limits.verify_seconds,
+            seed=limits.seed,
+            on_round=None if on_phase is None else on_phase.tasks,
+        )
+        winner = with_measured_threshold(winner, found) if found else with_threshold(winner, rates)
+    pipelines = [with_threshold(one.pipeline, rates) for one in contenders]
+    pipelines[verdict.winner] = winner
+    return [replace(one, pipeline=pipeline) for one, pipeline in zip(contenders, pipelines, strict=True)]
+
+
 def _with_measured(stage: Stage, contender: Contender) -> Contender:
     """The contender with the measured timeline of a layer in its pipeline's `meta` (`pipeline show` draws it)."""
     pipeline = contender.pipeline
@@ -160,7 +197,11 @@ def _with_measured(stage: Stage, contender: Contender) -> Contender:
     return replace(contender, pipeline=replace(pipeline, meta={**pipeline.meta, "measured": measured}))
 
 
-def _report(bench: Workbench, key: TuningKey, verdict: Verdict, seconds: dict[str, float]) -> dict[str, Any]:
+def _report(
+    bench: Workbench, key: TuningKey, verdict: Verdict, seconds: dict[str, float], winner: Pipeline | None = None
+) -> dict[str, Any]:
+    """Plain values for JSON. `winner` has its `min_tokens`; without it they are not known yet."""
+    small = {} if winner is None else {"min_tokens": winner.min_tokens, MEASURED: winner.meta.get(MEASURED, [])}
     return {
         "model": bench.spec.name,
         "dtype": key.dtype,
@@ -171,4 +212,5 @@ def _report(bench: Workbench, key: TuningKey, verdict: Verdict, seconds: dict[st
         "workload": bench.mix.to_dict(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         **verdict.to_dict(),
+        **small,
     }

@@ -187,6 +187,11 @@ def bucket_sizes(dense_batch: int, step: int = 128) -> list[int]:
     return [*small, *between, *range(coarse, dense_batch, coarse), dense_batch]
 
 
+def with_border(sizes: Sequence[int], min_tokens: int) -> list[int]:
+    """`sizes`, rising, and one more if need be: batches of fewer than `min_tokens` share no size with larger ones."""
+    return sorted({*sizes, *([min_tokens - 1] if min_tokens > 1 else [])})
+
+
 def slice_rows(slices: Sequence[tuple[int, int]], dense_batch: int, n_tokens: int) -> list[tuple[int, int]]:
     """The pipeline's slices for a bucket of `n_tokens`."""
     return [scaled_slice(rows, dense_batch, n_tokens) for rows in slices]

@@ -3,15 +3,16 @@
 An iteration is two replays: the layers, recorded per batch size, and the LM head with sampling, recorded per number
 of rows that sample. Between them and the next iteration the host only fills a staging buffer; sampled tokens stay on
 the device for the next iteration's decode rows. Rows with penalties, biases or log-probabilities take `BlockHead`,
-launch by launch. With several ranks, rows that need not keep every token (top-k, top-p, min-p) have recordings of
+launch by launch. Batch sizes below the pipeline's `min_tokens` are recorded in sequential order on the whole device.
+With several ranks, rows that need not keep every token (top-k, top-p, min-p) have recordings of
 their own, which gather the logits of the whole vocabulary.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ from nanoflow.core.errors import PipelineError
 from nanoflow.core.ops import Op
 from nanoflow.device.base import Launch, Program
 from nanoflow.device.cuda import WHOLE, CudaDevice, CudaRun
-from nanoflow.executor.bucket import Bucket, BucketLayout, SliceWork, WholeBatch, bucket_sizes, slice_rows
+from nanoflow.executor.bucket import (
+    Bucket,
+    BucketLayout,
+    SliceWork,
+    WholeBatch,
+    bucket_sizes,
+    slice_rows,
+    with_border,
+)
 from nanoflow.executor.head import BlockHead, Sampler, is_plain, keeps_every_token
 from nanoflow.executor.head_states import LIMITED_ROWS, HeadState, head_layout, head_states, write_head
 from nanoflow.executor.pinned import PinnedStage, ResultRing
@@ -30,8 +39,9 @@ from nanoflow.executor.program import build_program, issue
 from nanoflow.executor.timeline import Tracer
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.sharded import ShardedDecoder
-from nanoflow.pipeline.graph import layer_graph
+from nanoflow.pipeline.graph import LayerGraph, layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
+from nanoflow.pipeline.small_batches import small_batch_pipeline
 
 
 @dataclass
@@ -52,6 +62,15 @@ class CapturedInFlight:
         """Wait for the iteration and return its tokens."""
         self._run.synchronize()
         return BatchResult(self._tokens.numpy().copy(), self._logprobs, self._prompt)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How batches of some sizes run: a pipeline, its program, and the multiprocessors of each of its lanes."""
+
+    pipeline: Pipeline
+    program: Program
+    sms: Mapping[str, int]
 
 
 class CapturedExecutor:
@@ -91,10 +110,12 @@ class CapturedExecutor:
             buffer.zero_()
         self._last_tokens = torch.zeros(n_slots + 1, dtype=torch.int32, device=where)
         self.head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
-        self._program = build_program(pipeline, graph, decoder, self._prologue, _nothing)
         self._head_program = Program((Launch("head", WHOLE, self._sample, 0),), 0)
-        self._sizes = sorted(sizes or bucket_sizes(pipeline.dense_batch))
-        layouts = [BucketLayout(size, self._slice_works(size)) for size in self._sizes]
+        self._sizes = with_border(sizes or bucket_sizes(pipeline.dense_batch), pipeline.min_tokens)
+        self._ways = self._make_ways(graph)
+        layouts = [
+            BucketLayout(size, self._slice_works(way, size)) for way, size in zip(self._ways, self._sizes, strict=True)
+        ]
         self._stage = PinnedStage(max(at.pages for at in layouts) + max_requests * max_pages, where)
         self._buckets = [Bucket(at, self._activations, self._stage.ints, page_tokens) for at in layouts]
         self._head_rows = min(max_requests, pipeline.dense_batch)
@@ -102,14 +123,27 @@ class CapturedExecutor:
         self._heads, self._limited_heads = self._make_heads(dtype)
         self._results = ResultRing(self._head_rows, where)
 
-    def _slice_works(self, n_tokens: int) -> list[SliceWork]:
-        """Planners for each slice of a bucket, for the kinds of attention the pipeline runs on it."""
-        spec = self.decoder.spec
-        sms = {lane.name: lane.n_sms for lane in self.device.lanes}
-        lanes = {(nano.op, nano.start, nano.stop): nano.lane for nano in self.pipeline.nano_ops}
-        scaled = slice_rows(self.pipeline.slices, self.pipeline.dense_batch, n_tokens)
+    def _make_ways(self, graph: LayerGraph) -> list[_Way]:
+        """How each size runs."""
+
+        def program(pipeline: Pipeline) -> Program:
+            return build_program(pipeline, graph, self.decoder, self._prologue, _nothing)
+
+        way = small_way = _Way(
+            self.pipeline, program(self.pipeline), {lane.name: lane.n_sms for lane in self.device.lanes}
+        )
+        if (small := small_batch_pipeline(self.pipeline, graph)) is not None:
+            launches = tuple(replace(launch, lane=WHOLE) for launch in program(small).launches)
+            small_way = _Way(small, Program(launches, 0), {lane.name: self.device.n_sms for lane in small.lanes})
+        return [small_way if size < self.pipeline.min_tokens else way for size in self._sizes]
+
+    def _slice_works(self, way: _Way, n_tokens: int) -> list[SliceWork]:
+        """Planners for each slice of a bucket, for the kinds of attention that are run on it."""
+        spec, pipeline = self.decoder.spec, way.pipeline
+        lanes = {(nano.op, nano.start, nano.stop): nano.lane for nano in pipeline.nano_ops}
+        scaled = slice_rows(pipeline.slices, pipeline.dense_batch, n_tokens)
         works = []
-        for rows, (start, stop) in zip(self.pipeline.slices, scaled, strict=True):
+        for rows, (start, stop) in zip(pipeline.slices, scaled, strict=True):
             planners = {}
             for op in (Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION):
                 lane = lanes.get((op, *rows))
@@ -123,7 +157,7 @@ class CapturedExecutor:
                         n_heads=spec.n_heads,
                         n_kv_heads=spec.n_kv_heads,
                         head_dim=spec.head_dim,
-                        lane_sms=sms[lane],
+                        lane_sms=way.sms[lane],
                     )
                 )
             works.append(SliceWork(start, stop, planners[Op.DECODE_ATTENTION], planners[Op.PREFILL_ATTENTION]))
@@ -142,8 +176,11 @@ class CapturedExecutor:
         )
 
     def warm_up(self, *, capture: bool = True) -> None:
-        """Run every size once on padding alone and record it, or, without `capture`, run the largest alone."""
-        for number in reversed(range(len(self._buckets))) if capture else [-1]:
+        """Run every size once on padding alone and record it; without `capture` run the largest of each way alone."""
+        following = [*self._ways[1:], None]
+        for number in reversed(range(len(self._buckets))):
+            if not capture and self._ways[number] is following[number]:
+                continue
             self._replay_layers(number, None, capture=capture)
         for heads in [self._heads] if self._sharded is None else [self._heads, self._limited_heads]:
             for head in reversed(heads) if capture else heads[-1:]:
@@ -192,7 +229,7 @@ class CapturedExecutor:
         n_ints = bucket.write(plan, self._stage.begin(), self._n_slots)
         with torch.cuda.stream(self.device.main):
             self._stage.send(n_ints)
-        return self._start(self._program, bucket.states, tracer, capture)
+        return self._start(self._ways[number].program, bucket.states, tracer, capture)
 
     def _replay_heads(self, plan: SamplingPlan, tracer: Tracer | None) -> Tensor:
         """Tokens of a plain plan, on the device: in one replay, unless ranks gather logits for some rows."""

@@ -12,7 +12,7 @@ import torch
 
 from nanoflow.core.batch import BatchPlan, BatchResult
 from nanoflow.core.errors import PipelineError
-from nanoflow.device.base import Device, Run
+from nanoflow.device.base import Device, Program, Run
 from nanoflow.executor.head import BlockHead, Sampler
 from nanoflow.executor.program import build_program, issue
 from nanoflow.executor.staging import Stager, scaled_slice
@@ -21,6 +21,10 @@ from nanoflow.models.decoder import Decoder
 from nanoflow.models.state import NanoBatch
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
+from nanoflow.pipeline.small_batches import small_batch_pipeline
+
+WHOLE_LANE = ("small batches", 1.0)
+"""The lane that small batches' layers run on where the pipeline's first lane has but a part of the device."""
 
 
 @dataclass
@@ -51,8 +55,16 @@ class InFlight:
         return self._whole.result
 
 
+@dataclass(frozen=True)
+class _Way:
+    """A program, and the slices of the dense batch that it works on."""
+
+    program: Program
+    slices: tuple[tuple[int, int], ...]
+
+
 class Executor:
-    """Runs batches of at most `pipeline.dense_batch` tokens through one pipeline."""
+    """Runs batches of at most `pipeline.dense_batch` tokens through one pipeline, small ones in sequential order."""
 
     def __init__(
         self, pipeline: Pipeline, decoder: Decoder, device: Device, sampler: Sampler, n_slots: int, dtype: torch.dtype
@@ -63,15 +75,21 @@ class Executor:
         self.decoder = decoder
         self.device = device
         where = device.torch_device
-        self._slices = pipeline.slices
         self._activations = decoder.activations(
             pipeline.dense_batch, dtype, where, torch.float32 if device.wide_residual else dtype
         )
         self._stager = Stager(self._activations, where)
         self._last_tokens = torch.zeros(n_slots, dtype=torch.int32, device=where)
         self.head = BlockHead(decoder, sampler, self._activations.x_td, self._last_tokens)
-        device.open_lanes([(lane.name, lane.share) for lane in pipeline.lanes])
-        self._program = build_program(pipeline, graph, decoder, self._prologue, self._epilogue)
+        lanes, ends = [(lane.name, lane.share) for lane in pipeline.lanes], (self._prologue, self._epilogue)
+        small, lane = small_batch_pipeline(pipeline, graph), 0
+        if small is not None and pipeline.lanes[0].share < 1.0:
+            lane = len(lanes)
+            lanes.append(WHOLE_LANE)
+        device.open_lanes(lanes)
+        self._way = self._small_way = _Way(build_program(pipeline, graph, decoder, *ends), pipeline.slices)
+        if small is not None:
+            self._small_way = _Way(build_program(small, graph, decoder, *ends, layers_on=lane), small.slices)
 
     def launch(self, plan: BatchPlan, tracer: Tracer | None = None) -> InFlight:
         """Start an iteration without waiting for it; a `tracer` notes when each nano-operation ran."""
@@ -79,16 +97,17 @@ class Executor:
             raise PipelineError(
                 f"a batch of {plan.n_tokens} tokens exceeds the pipeline's dense batch of {self.pipeline.dense_batch}."
             )
+        way = self._small_way if plan.n_tokens < self.pipeline.min_tokens else self._way
         token_ids = self._stager.tensor(plan.token_ids)
         states: list[NanoBatch | _WholeBatch | None] = []
-        for rows in self._slices:
+        for rows in way.slices:
             start, stop = scaled_slice(rows, self.pipeline.dense_batch, plan.n_tokens)
             states.append(self._stager.nano_batch(plan, token_ids, start, stop))
-        nano = states[0] if len(self._slices) == 1 else self._stager.nano_batch(plan, token_ids, 0, plan.n_tokens)
+        nano = states[0] if len(way.slices) == 1 else self._stager.nano_batch(plan, token_ids, 0, plan.n_tokens)
         assert isinstance(nano, NanoBatch), "a batch has at least one token"
         whole = _WholeBatch(plan, nano)
         states.append(whole)
-        return InFlight(plan, self.device.start(self._program, states, tracer.issue if tracer else issue), whole)
+        return InFlight(plan, self.device.start(way.program, states, tracer.issue if tracer else issue), whole)
 
     def _prologue(self, whole: _WholeBatch) -> None:
         n_decode = whole.plan.n_decode

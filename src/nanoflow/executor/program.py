@@ -51,11 +51,14 @@ def build_program(
     decoder: Decoder,
     prologue: Callable[[Any], None],
     epilogue: Callable[[Any], None],
+    *,
+    layers_on: int | None = None,
 ) -> Program:
     """All launches of an iteration: `prologue` (embedding), the layers, `epilogue` (LM head and sampling).
 
     States: one per `pipeline.slices` entry, in that order, then one for prologue and epilogue (the whole batch), both
     of which run on the first lane. Copies of KV pages are no part of it: their nano-operations only name a lane.
+    With `layers_on` all of the layers runs on the lane of that number, with the collectives of the pipeline's lanes.
     Raises `PipelineError` if a nano-operation asks for an implementation that is not to be had.
     """
     lane_of = {lane.name: index for index, lane in enumerate(pipeline.lanes)}
@@ -85,7 +88,8 @@ def build_program(
                 last_layer.append(len(rows))
             run = _bind(operation, layer)
             label = f"{nano.op}[{nano.start}:{nano.stop}]@{layer}"
-            rows.append(_Row(label, lane_of[nano.lane], run, state_of[(nano.start, nano.stop)], needs))
+            lane = lane_of[nano.lane] if layers_on is None else layers_on
+            rows.append(_Row(label, lane, run, state_of[(nano.start, nano.stop)], needs))
     rows.append(_Row("head", 0, epilogue, whole, last_layer))
     return _connect(rows)
 

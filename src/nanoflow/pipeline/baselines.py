@@ -11,12 +11,12 @@ from nanoflow.pipeline.graph import LayerGraph
 from nanoflow.pipeline.pipeline import LaneSpec, NanoOp, Pipeline
 
 
-def sequential(graph: LayerGraph, dense_batch: int) -> Pipeline:
+def sequential(graph: LayerGraph, dense_batch: int, form: int = 0) -> Pipeline:
     """One operation after the other, each on the whole dense batch, on one lane with the whole device.
 
-    Of equivalent forms it takes the first.
+    Of equivalent forms it takes number `form`.
     """
-    nano_ops = tuple(NanoOp(op, 0, dense_batch, "main") for op in graph.ops_of_form())
+    nano_ops = tuple(NanoOp(op, 0, dense_batch, "main") for op in graph.ops_of_form(form))
     return Pipeline("sequential", dense_batch, (LaneSpec("main"),), nano_ops)
 
 

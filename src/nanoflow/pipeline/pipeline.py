@@ -69,7 +69,8 @@ class Pipeline:
     """A layer's schedule for dense batches of `dense_batch` tokens. `nano_ops` are in launch order.
 
     A partly filled batch scales the rows: nano-operation [start, stop) works on
-    [start·n // dense_batch, stop·n // dense_batch) of its n tokens.
+    [start·n // dense_batch, stop·n // dense_batch) of its n tokens. Batches of fewer than `min_tokens` tokens run the
+    sequential order instead (`pipeline/small_batches.py`).
     """
 
     name: str
@@ -77,6 +78,7 @@ class Pipeline:
     lanes: tuple[LaneSpec, ...]
     nano_ops: tuple[NanoOp, ...]
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
+    min_tokens: int = 0
 
     @property
     def slices(self) -> tuple[tuple[int, int], ...]:
@@ -143,6 +145,8 @@ class Pipeline:
     def _check_coverage(self, graph: LayerGraph) -> None:
         if self.dense_batch < 1:
             raise PipelineError(f"dense_batch must be at least 1, not {self.dense_batch}.")
+        if not 0 <= self.min_tokens <= self.dense_batch:
+            raise PipelineError(f"min_tokens must be 0 to dense_batch ({self.dense_batch}), not {self.min_tokens}.")
         copies = [nano for nano in self.nano_ops if nano.op in COPY_OPS]
         if len({nano.lane for nano in copies}) > 1:
             raise PipelineError(f"KV offload and reload must share a lane, got {sorted({n.lane for n in copies})}.")
@@ -205,6 +209,7 @@ class Pipeline:
                 lanes=tuple(LaneSpec(str(lane["name"]), float(lane["share"])) for lane in data["lanes"]),
                 nano_ops=tuple(_read_nano_op(number, nano) for number, nano in enumerate(data["nano_ops"])),
                 meta=dict(data.get("meta", {})),
+                min_tokens=_whole(data.get("min_tokens", 0)),
             )
         except PipelineError:
             raise
@@ -268,7 +273,7 @@ def _merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise PipelineError(f"rows, indices and dense_batch are whole numbers, not {value!r}.")
+        raise PipelineError(f"rows, indices, dense_batch and min_tokens are whole numbers, not {value!r}.")
     return value
 
 

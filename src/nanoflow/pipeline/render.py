@@ -35,6 +35,8 @@ def render_timeline(timeline: Timeline, width: int = 100) -> str:
         f"pipeline {pipeline.name}: {pipeline.dense_batch} tokens, {period:.1f} µs a layer, "
         f"{timeline.latency_us:.1f} µs from a layer's first start to its last end"
     ]
+    if pipeline.min_tokens > 1:
+        lines.append(f"batches of fewer than {pipeline.min_tokens} tokens run the sequential order instead")
     lines += [f"{lane.name:>{name_width}} |{_row(timeline, lane.name, width)}|" for lane in pipeline.lanes]
     waits = ", ".join(f"{resource} {timeline.bubble_us(resource):.1f}" for resource in timeline.resources)
     lines += [f"waiting a period, µs: {waits}", ""]

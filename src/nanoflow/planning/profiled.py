@@ -126,7 +126,7 @@ class ProfiledTimes:
 
     def _overlap(self, n_tokens: int) -> float:
         """Time of the pipeline's layer over that of the sequential one, at this fill."""
-        if self._pipeline is None:
+        if self._pipeline is None or n_tokens < self._pipeline.min_tokens:
             return 1.0
         return float(np.interp(n_tokens / self._pipeline.dense_batch, FILLS, self._factors))
 

@@ -76,6 +76,13 @@ def measure_rates(
     return found.rates
 
 
+def kept_rates(device: str, dtype: str, threads: int | None = None) -> MachineRates | None:
+    """What `measure_rates` has kept for this; None if it has not measured yet."""
+    cache = RateCache(env.cache_dir() / "machine.json")
+    kept = cache.get(machine_key(device, dtype, threads or env.available_cores()))
+    return None if kept is None else kept.rates
+
+
 def machine_key(device: str, dtype: str, threads: int) -> str:
     """What a measurement is valid for."""
     who = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {env.available_cores()} cores"

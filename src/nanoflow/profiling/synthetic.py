@@ -6,7 +6,7 @@ Profiles and verification need the batch that serving a workload would hold on a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -40,6 +40,11 @@ class SteadyMix:
         """(tokens, tokens before) of the chunks that make up `n_tokens` prompt tokens."""
         whole, rest = divmod(n_tokens, self.chunk)
         return [(self.chunk, self.before)] * whole + ([(rest, self.before)] if rest else [])
+
+    def of_size(self, dense_batch: int) -> SteadyMix:
+        """The same mix in batches of so many tokens."""
+        n_decode = max(1, round(self.n_decode * dense_batch / self.dense_batch))
+        return replace(self, dense_batch=dense_batch, n_decode=n_decode)
 
     def plan(self, n_pages: int, page_tokens: int) -> BatchPlan:
         """The whole dense batch as a plan over `n_pages` pages."""
