@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,15 @@ def greedy(engine: Engine) -> list[list[int]]:
     return run(engine, PROMPTS, GREEDY)
 
 
-def on_ranks(engine: Engine, name: str, ranks: int, folder: Path, params: object) -> list[list[int]]:
+def on_ranks(
+    engine: Engine, name: str, ranks: int, folder: Path, params: object, min_tokens: int = 0
+) -> list[list[int]]:
     """Tokens of the prompts by pipeline `name` on `ranks` ranks."""
     config = engine.config.with_options("device", tensor_parallel_size=ranks, threads=ranks)
     one = engine.core.launcher
-    with sharded(config, PIPELINES[name](layer_graph(engine.spec, ranks)), folder) as launcher:
-        engine.core.relaunch_with(launcher, asynchronous=True)
+    pipeline = replace(PIPELINES[name](layer_graph(engine.spec, ranks)), min_tokens=min_tokens)
+    with sharded(config, pipeline, folder) as launcher:
+        engine.core.relaunch_with(launcher, asynchronous=True, min_tokens=min_tokens)
         try:
             return run(engine, PROMPTS, params)  # type: ignore[arg-type]
         finally:
@@ -56,6 +60,16 @@ def on_ranks(engine: Engine, name: str, ranks: int, folder: Path, params: object
 @pytest.mark.parametrize("name", PIPELINES)
 def test_two_ranks_in_every_pipeline(engine: Engine, greedy: list[list[int]], name: str, tmp_path: Path) -> None:
     assert on_ranks(engine, name, 2, tmp_path, GREEDY) == greedy
+
+
+@pytest.mark.parametrize("name", ["gathering", "overlapped", "lagging", "fused"])
+def test_small_batches_of_two_ranks_run_in_sequential_order(
+    engine: Engine, greedy: list[list[int]], name: str, tmp_path: Path
+) -> None:
+    before = engine.core.stats().work
+    assert on_ranks(engine, name, 2, tmp_path, GREEDY, min_tokens=9) == greedy
+    done = engine.core.stats().work - before
+    assert 0 < done.small_iterations < done.iterations
 
 
 def test_seeds_hold_for_any_number_of_ranks(engine: Engine, tmp_path: Path) -> None:

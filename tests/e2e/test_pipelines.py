@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -116,6 +117,20 @@ def test_every_pipeline_gives_the_same_tokens(folder: Path, name: str, tmp_path:
 def test_asynchronous_loop_and_chunks_change_nothing(folder: Path) -> None:
     for dense_batch in (len(PROMPTS), DENSE_BATCH):
         assert answers(folder, dense_batch=dense_batch, asynchronous=True) == expected(folder)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("name", ["halves", "two-lanes", "lagging"])
+def test_small_batches_in_sequential_order_change_nothing(name: str, asynchronous: bool, tmp_path: Path) -> None:
+    save_tiny_model("qwen3-moe", tmp_path)
+    for min_tokens in (9, DENSE_BATCH):
+        mixed = replace(PIPELINES[name](graph_of(tmp_path)), min_tokens=min_tokens)
+        mixed.save(tmp_path / "pipeline.json")
+        engine = make_tiny_engine(tmp_path, FAST, pipeline=str(tmp_path / "pipeline.json"), asynchronous=asynchronous)
+        assert run(engine, PROMPTS, PARAMS) == expected(tmp_path)
+        work = engine.core.stats().work
+        assert 0 < work.small_iterations < work.iterations, "both orders take turns"
+        engine.device.close()
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)

@@ -100,7 +100,7 @@ class Memory:
         self.finished = True
 
 
-def program_of(pipeline: Pipeline, memory: Memory) -> Program:
+def program_of(pipeline: Pipeline, memory: Memory, layers_on: int | None = None) -> Program:
     def operation(op: Op) -> Callable[[int, Any], None]:
         return lambda layer, rows: memory.run(op, layer, *rows)
 
@@ -109,7 +109,8 @@ def program_of(pipeline: Pipeline, memory: Memory) -> Program:
         kernels=SimpleNamespace(name="native"),
         layer_ops={op: operation(op) for op in GRAPH.ops},
     )
-    return build_program(pipeline, GRAPH, decoder, lambda _: memory.embed(), lambda _: memory.head())  # type: ignore[arg-type]
+    ends = (lambda _: memory.embed(), lambda _: memory.head())
+    return build_program(pipeline, GRAPH, decoder, *ends, layers_on=layers_on)  # type: ignore[arg-type]
 
 
 def interleave(program: Program, states: list[Any], rng: random.Random) -> list[int]:
@@ -149,6 +150,16 @@ def test_sequential_needs_no_event() -> None:
     assert program.n_events == 0
     assert len(program.launches) == 2 + N_LAYERS * len(GRAPH.ops)
     assert not any(launch.after or launch.done is not None for launch in program.launches)
+
+
+def test_layers_on_another_lane_wait_for_the_embedding_and_are_waited_for() -> None:
+    memory = Memory()
+    program = program_of(sequential(GRAPH, ROWS), memory, layers_on=3)
+    first, *layers, head = program.launches
+    assert (first.lane, head.lane, {launch.lane for launch in layers}) == (0, 0, {3})
+    assert layers[0].after == (first.done,) and head.after == (layers[-1].done,) and program.n_events == 2
+    interleave(program, [(0, ROWS), None], random.Random(0))
+    assert memory.finished
 
 
 def test_only_the_newest_of_a_lane_is_waited_for() -> None:

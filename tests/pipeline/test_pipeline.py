@@ -18,6 +18,7 @@ from nanoflow.core.presets import PRESETS
 from nanoflow.pipeline.baselines import nano_batches, sequential
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import LaneSpec, NanoOp, Pipeline
+from nanoflow.pipeline.small_batches import filled, small_batch_pipeline
 
 DENSE = layer_graph(PRESETS["smollm2"])
 MOE = layer_graph(PRESETS["mixtral-8x7b"])
@@ -36,7 +37,8 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
         for start, stop in draw(st.permutations(pieces)):
             nano_ops.append(NanoOp(op, start, stop, draw(st.sampled_from("ab")), draw(st.sampled_from(["", "x"]))))
     meta = draw(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3))
-    return Pipeline(draw(st.text(max_size=10)), dense_batch, LANES, tuple(nano_ops), meta)
+    minimum = draw(st.integers(0, dense_batch))
+    return Pipeline(draw(st.text(max_size=10)), dense_batch, LANES, tuple(nano_ops), meta, minimum)
 
 
 @settings(max_examples=80, deadline=None)
@@ -47,6 +49,38 @@ def test_json_gives_back_the_same_valid_pipeline(pipeline: Pipeline) -> None:
     assert again == pipeline
     assert again.meta == pipeline.meta
     assert again.slices == tuple(sorted({(n.start, n.stop) for n in pipeline.nano_ops}))
+
+
+def test_files_without_min_tokens_cut_every_batch() -> None:
+    pipeline = nano_batches(DENSE, 12, [4])
+    text = json.loads(pipeline.to_json())
+    assert text.pop("min_tokens") == 0
+    assert Pipeline.from_json(json.dumps(text)) == pipeline != replace(pipeline, min_tokens=5)
+    for wrong in (-1, 13):
+        with pytest.raises(PipelineError, match="min_tokens must be 0 to dense_batch"):
+            replace(pipeline, min_tokens=wrong).validate(DENSE)
+    with pytest.raises(PipelineError, match="whole numbers"):
+        Pipeline.from_json(json.dumps(text | {"min_tokens": 2.5}))
+
+
+def test_small_batches_run_the_sequential_order_in_a_form_that_is_there() -> None:
+    assert small_batch_pipeline(replace(nano_batches(DENSE, 12, [4]), min_tokens=1), DENSE) is None
+    small = small_batch_pipeline(replace(nano_batches(DENSE, 12, [4]), min_tokens=5), DENSE)
+    assert small == sequential(DENSE, 12)
+    ranked = layer_graph(PRESETS["smollm2"], 2)
+    for form in (0, 1):
+        one_form = replace(sequential(ranked, 12, form), min_tokens=5)
+        small = small_batch_pipeline(one_form, ranked)
+        assert small is not None and {nano.op for nano in small.nano_ops} == {nano.op for nano in one_form.nano_ops}
+        small.validate(ranked)
+
+
+def test_a_partly_filled_batch_is_a_pipeline_of_its_size() -> None:
+    pipeline = replace(nano_batches(DENSE, 12, [4]), min_tokens=5)
+    smaller = filled(pipeline, 7)
+    assert smaller is not None and smaller.slices == ((0, 2), (2, 7)) and smaller.min_tokens == 0
+    smaller.validate(DENSE)
+    assert filled(pipeline, 2) is None, "nobody would work on row 0 to 0"
 
 
 @settings(max_examples=60, deadline=None)

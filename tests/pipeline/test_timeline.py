@@ -153,3 +153,6 @@ def test_text_has_a_row_a_lane_and_a_line_a_nano_operation() -> None:
     assert {len(line.split("|")[1]) for line in charts} == {60}
     assert sum("decode_attention" in line for line in text.splitlines()) == 2
     assert "D" in charts[1] and "d" in charts[1]
+    assert "sequential" not in text
+    timeline = replace(timeline, pipeline=replace(timeline.pipeline, min_tokens=3))
+    assert "fewer than 3 tokens run the sequential order" in render_timeline(timeline)

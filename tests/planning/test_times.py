@@ -95,6 +95,8 @@ def test_an_overlapping_pipeline_is_faster_and_a_split_one_is_not() -> None:
         batch = BatchShape(fill // 2, fill // 2 * 100, fill // 2, fill // 2 * 32, fill // 2)
         assert ProfiledTimes(PROFILE, SPEC, RATES, 1, sequential).seconds(batch) == pytest.approx(plain.seconds(batch))
         assert ProfiledTimes(PROFILE, SPEC, RATES, 1, overlapped).seconds(batch) < plain.seconds(batch)
+        small = ProfiledTimes(PROFILE, SPEC, RATES, 1, replace(overlapped, min_tokens=fill + 1)).seconds(batch)
+        assert small == pytest.approx(plain.seconds(batch)), "it runs the sequential order"
 
 
 def test_ranks_scale_a_profile_by_its_bounds() -> None:
