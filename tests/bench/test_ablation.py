@@ -80,8 +80,11 @@ def test_variants_differ_by_what_they_say(result: BenchResult) -> None:
     assert sequential.pipeline is not None and split.pipeline is not None
     assert len(split.pipeline["nano_ops"]) == 2 * len(sequential.pipeline["nano_ops"])
     assert sequential.options == {"asynchronous": True}
+    assert split.pipeline["min_tokens"] == 32, "its halves read weights until then, by the machine's rates"
+    assert split.numbers["small_iterations_percent"] > 0.0 == sequential.numbers["small_iterations_percent"]
     assert by_name[variants.SYNCHRONOUS].options == {"asynchronous": False}
     overlapped = by_name[variants.MEMORY]
+    assert overlapped.pipeline is not None and overlapped.pipeline["min_tokens"] == 0, "a user's file"
     assert overlapped.trace is not None and {span.lane for span in overlapped.trace.spans} == {"main", "attention"}
     assert sequential.numbers["ratio_to_first"] == 1.0
     ratios = [
@@ -90,6 +93,7 @@ def test_variants_differ_by_what_they_say(result: BenchResult) -> None:
     ]
     assert split.numbers["ratio_to_first"] == pytest.approx(sum(ratios) / 2)
     text = "\n".join(lines_of(result))
+    assert f"{variants.NANO_BATCHES}: batches below 32 tokens, " in text
     assert "not applicable: one rank" in text and "page_tokens=32" in text
 
 

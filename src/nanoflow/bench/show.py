@@ -68,6 +68,7 @@ def series_lines(series: Series) -> Iterator[str]:
             f"{headline(series, 'decode_tokens_per_iteration')} decode tokens, "
             f"{series.numbers['preemptions']:.0f} preemptions"
         )
+    yield from _small_batches(series)
     if "ttft_mean_s" in series.numbers:
         elapsed, first = (headline(series, name) for name in ("elapsed_s", "ttft_mean_s"))
         counts = (series.numbers[name] for name in ("prompt_tokens", "prefill_tokens_computed", "hit_tokens"))
@@ -115,9 +116,21 @@ def ablation_lines(variants: Sequence[Series]) -> Iterator[str]:
     for series in variants:
         if series.runs and series.pipeline is not None and series.pipeline["name"] != series.name:
             yield f"  {series.name} is the pipeline {series.pipeline['name']}"
+    for series in variants:
+        yield from _small_batches(series)
     rates = next((run.bounds[0] for series in variants for run in series.runs), None)
     if rates is not None:
         yield f"  {_rates(rates)}"
+
+
+def _small_batches(series: Series) -> Iterator[str]:
+    """In how many iterations batches were too small to be cut."""
+    percent = series.numbers.get("small_iterations_percent")
+    if percent and series.pipeline is not None:
+        least = series.pipeline["min_tokens"]
+        yield (
+            f"  {series.name}: batches below {least} tokens, {percent:.1f} % of the iterations, ran in sequential order"
+        )
 
 
 def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:
