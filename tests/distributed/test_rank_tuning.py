@@ -26,9 +26,12 @@ from nanoflow.distributed.group import open_groups
 from nanoflow.engine import fusing, profiling, ranks, tuned
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.searching import TuneLimits
+from nanoflow.engine.small_batches import measure_small
 from nanoflow.engine.team import Team
 from nanoflow.engine.tune import Tuning, check_profile, tune, tuning_key
 from nanoflow.engine.workbench import open_workbench
+from nanoflow.pipeline.baselines import network_overlap
+from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.profiling import profiler
 from nanoflow.profiling.loops import Loop, Timing, run_loops
@@ -173,6 +176,14 @@ def team(folder: Path) -> Iterator[Team]:
     opened = Team(open_workbench(config(folder), WORKLOAD), WORKLOAD)
     yield opened
     opened.close()
+
+
+def test_small_batches_are_measured_on_all_ranks(team: Team) -> None:
+    team.load(show_progress=False)
+    graph = layer_graph(team.bench.spec, 2)
+    found = measure_small(network_overlap(graph, DENSE_BATCH), graph, team.stage().measure, seconds=1e-6)
+    assert [one.n_tokens for one in found] == [12], "no further size is begun when time is over"
+    assert found[0].cut.iteration_us > 0 < found[0].sequential.iteration_us
 
 
 def test_a_rank_that_dies_ends_the_profile(team: Team) -> None:

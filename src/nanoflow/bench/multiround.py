@@ -175,6 +175,7 @@ def _run(rates: MachineRates, devices: int, rounds: RoundsRecord, talks: Convers
         **token_rates(elapsed, n_tokens, work.output_tokens, devices),
         "recomputed_tokens": float(work.recomputed_tokens),
         "preemptions": float(record.preemptions),
+        "small_iterations_percent": 100.0 * work.small_iterations / work.iterations,
     }
     numbers |= record.cache_numbers | latency_numbers(columns)
     return Run(

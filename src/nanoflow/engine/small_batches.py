@@ -34,7 +34,7 @@ PARTS = (0.75, 0.5, 0.25, 0.125)
 ROUNDS = 5
 
 PART_OF_TIME = 0.6
-"""Of the verification's time: no further size is begun, nor a round beyond three, when it is over."""
+"""Of the verification's time: after it no size but the first is begun, nor a round beyond three."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def measure_small(
     beside = sequential_beside(pipeline, graph)
     for n_tokens in dict.fromkeys(int(part * pipeline.dense_batch) for part in PARTS):
         cut, whole = filled(pipeline, n_tokens), filled(beside, n_tokens)
-        if cut is None or whole is None or clock() > deadline:
+        if cut is None or whole is None or (found and clock() > deadline):
             break
         verdict = verify(
             [Contender(whole, 0.0), Contender(cut, 0.0)],
