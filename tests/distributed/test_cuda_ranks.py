@@ -100,6 +100,11 @@ def by_copies(graph: LayerGraph) -> Pipeline:
     return _all_by("copy_engine", graph)
 
 
+def when_large(graph: LayerGraph) -> Pipeline:
+    """The same in batches of 9 tokens and more; others run the sequential order by default."""
+    return replace(by_copies(graph), min_tokens=9)
+
+
 def _all_by(variant: str, graph: LayerGraph) -> Pipeline:
     pipeline = overlapped(graph)
 
@@ -121,7 +126,7 @@ def by_shots(graph: LayerGraph) -> Pipeline:
     return replace(pipeline, nano_ops=tuple(map(shooting, pipeline.nano_ops)))
 
 
-@pytest.mark.parametrize("kind", [by_library, by_default, by_copies, by_shots, fused, partly_fused])
+@pytest.mark.parametrize("kind", [by_library, by_default, by_copies, when_large, by_shots, fused, partly_fused])
 def test_two_gpus_give_the_tokens_of_one(
     reference: Reference, kind: Callable[[LayerGraph], Pipeline], tmp_path: Path
 ) -> None:
