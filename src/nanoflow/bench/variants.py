@@ -114,9 +114,7 @@ def _all_variants(engine: Engine, overlaps: Overlaps) -> list[Variant]:
         Variant(SEQUENTIAL, base),
         Variant(NANO_BATCHES, split, reason="" if split else "a batch of one token cannot be split"),
         Variant(NETWORK, network, reason="" if network else ONE_RANK),
-        _or_why_not(
-            BOTH, both, f"{ONE_RANK}; see {MEMORY}" if ranks == 1 else SEVERAL if several else NO_BOTH
-        ),
+        _or_why_not(BOTH, both, f"{ONE_RANK}; see {MEMORY}" if ranks == 1 else SEVERAL if several else NO_BOTH),
         _or_why_not(
             MEMORY,
             memory,
