@@ -67,7 +67,7 @@ demo: $(READY) ## answer a few prompts with a real 135M model
 		--prompt "What is 2 + 3?"
 
 test: $(DEV) ## run the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(DEV) ## check style and types
 	@$(BIN)/ruff check .
