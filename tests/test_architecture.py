@@ -101,7 +101,8 @@ def test_public_names_are_lazy_and_complete() -> None:
     import nanoflow
 
     assert nanoflow.EngineConfig is config.EngineConfig
-    assert set(nanoflow.__all__) == {"LLM", "AsyncLLM", "EngineConfig", "SamplingParams", "__version__"}
+    names = {"LLM", "AsyncLLM", "EngineConfig", "SamplingParams", "StructuredOutput", "__version__"}
+    assert set(nanoflow.__all__) == names
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = nanoflow.Nonsense
 

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanoflow.core.config import EngineConfig
     from nanoflow.core.sampling import SamplingParams
+    from nanoflow.core.structured import StructuredOutput
     from nanoflow.engine.async_llm import AsyncLLM
     from nanoflow.engine.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "EngineConfig", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "EngineConfig", "SamplingParams", "StructuredOutput", "__version__"]
 
 _HOME = {
     "LLM": "nanoflow.engine.llm",
     "AsyncLLM": "nanoflow.engine.async_llm",
     "EngineConfig": "nanoflow.core.config",
     "SamplingParams": "nanoflow.core.sampling",
+    "StructuredOutput": "nanoflow.core.structured",
 }
 
 

@@ -20,8 +20,10 @@ from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.request import FinishReason, Logprob, OutputDelta, TokenLogprobs
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.core.stats import EngineStats, WorkDone
+from nanoflow.core.structured import StructuredOutput
 from nanoflow.pipeline.baselines import sequential
 from nanoflow.pipeline.graph import layer_graph
+from nanoflow.text.grammars import Grammars
 
 VOCAB = 0x3000
 ANSWER = "Paris is the capital of France, été comme hiver. "
@@ -37,6 +39,7 @@ class FakeTokenizer:
     bos_id = 1
     eos_ids = (2,)
     has_chat_template = True
+    special_ids = frozenset({1, 2})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         text.encode("utf-8")  # a real tokenizer cannot take lone surrogates either
@@ -106,6 +109,7 @@ class FakeEngine:
         self.healthy = True
         self.delay_s = delay_s
         self.max_active = max_active
+        self.grammars = Grammars(self.tokenizer, VOCAB, self.tokenizer.eos_ids)
         self.streams: list[FakeStream] = []
         self.params: list[SamplingParams] = []
         self.salts: list[str | None] = []
@@ -118,6 +122,9 @@ class FakeEngine:
     @property
     def active(self) -> list[FakeStream]:
         return [stream for stream in self.streams if stream.task is not None and not stream.task.done()]
+
+    def prepare(self, wanted: StructuredOutput) -> None:
+        self.grammars.compile(wanted)
 
     def submit(
         self,

@@ -4,8 +4,8 @@ The scheduler writes a `BatchPlan`; the executor stages it and hands slices to t
 objects, so it can be broadcast to other ranks as it is.
 
 Shapes: T tokens of the dense batch (decode tokens first, then prefill chunks), R requests in the same order, P the
-widest page table, S sequences that sample a token this iteration, B single-logit changes, L prompt positions whose
-log-probability was asked for.
+widest page table, S sequences that sample a token this iteration, B single-logit changes, M of the S rows that may
+choose among some tokens only, L prompt positions whose log-probability was asked for.
 """
 
 from __future__ import annotations
@@ -45,12 +45,20 @@ class PenaltyPlan:
 
 
 @dataclass(frozen=True)
+class MaskPlan:
+    """Which tokens `rows` (M, ascending) may choose: `bits` (M, W) has one bit a token, lowest first, W * 32 >= V."""
+
+    rows: Int32Array
+    bits: Int32Array
+
+
+@dataclass(frozen=True)
 class SamplingPlan:
     """How each of S sequences chooses its token.
 
     `keys` is the 64-bit random key of (request seed, number of tokens generated): equal keys and logits give equal
     tokens on every device. `n_logprobs` is -1 where none are wanted; `any_logprobs` tells whether any row wants some.
-    `bias_*` add to single logits (`-inf` forbids).
+    `bias_*` add to single logits (`-inf` forbids); `masks` forbid all tokens but some.
     """
 
     token_rows: Int32Array
@@ -66,6 +74,7 @@ class SamplingPlan:
     bias_values: Float32Array
     penalties: PenaltyPlan | None = None
     any_logprobs: bool = False
+    masks: MaskPlan | None = None
 
     def rows(self, start: int, stop: int) -> SamplingPlan:
         """The plan of rows [start, stop) alone (penalty resets left out: they happen once for the whole plan)."""
@@ -76,6 +85,10 @@ class SamplingPlan:
             penalties = PenaltyPlan(
                 penalties.table_row[cut], penalties.repetition[cut], penalties.presence[cut], penalties.frequency[cut]
             )
+        masks = self.masks
+        if masks is not None:
+            first, last = np.searchsorted(masks.rows, (start, stop))
+            masks = MaskPlan(masks.rows[first:last] - start, masks.bits[first:last]) if first < last else None
         return SamplingPlan(
             token_rows=self.token_rows[cut],
             slots=self.slots[cut],
@@ -90,6 +103,7 @@ class SamplingPlan:
             bias_values=self.bias_values[biased],
             penalties=penalties,
             any_logprobs=self.any_logprobs,
+            masks=masks,
         )
 
 

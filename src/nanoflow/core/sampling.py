@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoflow.core.errors import InvalidRequestError
+from nanoflow.core.structured import StructuredOutput
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -19,7 +20,7 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. `seed` makes a request repeatable whatever
     else is in the batch. `logprobs` k returns the chosen token's log-probability and those of the k likeliest ones,
     from the model's distribution before temperature, penalties and truncation. `max_tokens` None means: as many as
-    the context allows. Raises `InvalidRequestError` naming the field.
+    the context allows. `structured` is what the whole text must match. Raises `InvalidRequestError` naming the field.
     """
 
     n: int = 1
@@ -41,6 +42,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -90,6 +92,10 @@ class SamplingParams:
                 raise InvalidRequestError("stop must hold non-empty strings; drop the empty ones.", "stop")
         for token in self.stop_token_ids:
             _require_int("stop_token_ids", token, 0)
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise InvalidRequestError(
+                f"structured must be a StructuredOutput, not {type(self.structured).__name__}.", "structured"
+            )
 
     @property
     def greedy(self) -> bool:

@@ -21,6 +21,7 @@ from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.request import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.core.stats import EngineStats, WorkDone
+from nanoflow.core.structured import StructuredOutput
 from nanoflow.engine.build import Engine, build_engine
 from nanoflow.engine.core import InFlightBatch
 from nanoflow.engine.outputs import completion_output, ends_with_hidden_stop_id, labelled, labelled_all, request_metrics
@@ -229,6 +230,13 @@ class AsyncLLM:
     def _check_healthy(self) -> None:
         if not self.healthy:
             raise EngineDeadError(self._dead or "the engine is shutting down; send the request elsewhere.")
+
+    def prepare(self, wanted: StructuredOutput) -> None:
+        """Compile what an answer shall match, so that `submit` need not; any thread may call it.
+
+        Raises `InvalidRequestError`, or `ConfigError` where the library for it is missing.
+        """
+        self._engine.submission.grammars.compile(wanted)
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, priority: int = 0

@@ -10,6 +10,7 @@ from nanoflow.core.batch import (
     LAST_SAMPLED,
     BatchPlan,
     Int32Array,
+    MaskPlan,
     PenaltyPlan,
     PenaltyReset,
     PromptLogprobPlan,
@@ -120,6 +121,7 @@ def _sampling(
         bias_values=bias_values,
         penalties=penalties,
         any_logprobs=bool((n_logprobs >= 0).any()),
+        masks=_masks(table, slots),
     )
 
 
@@ -133,12 +135,29 @@ def _logit_changes(table: RequestTable, slots: Int32Array) -> tuple[Int32Array, 
         sequence = table.sequences[slot]
         assert sequence is not None
         changes = dict(sequence.request.params.logit_bias or {})
-        if table.n_out_planned[slot] < table.min_out[slot]:
+        if table.n_out_planned[slot] < table.min_out[slot] and not table.guided[slot]:
             changes.update({int(token): -np.inf for token in table.stop_ids[slot] if token >= 0})
         rows += [row] * len(changes)
         tokens += changes.keys()
         values += changes.values()
     return np.array(rows, dtype=np.int32), np.array(tokens, dtype=np.int32), np.array(values, dtype=np.float32)
+
+
+def _masks(table: RequestTable, slots: Int32Array) -> MaskPlan | None:
+    """What guided requests may choose: stop ids only from their minimum length on, unless nothing else may follow."""
+    rows = np.flatnonzero(table.guided[slots]).astype(np.int32)
+    if not len(rows):
+        return None
+    masks: list[np.ndarray] = []
+    for slot in slots[rows].tolist():
+        sequence = table.sequences[slot]
+        assert sequence is not None and sequence.guide is not None
+        early = table.n_out_planned[slot] < table.min_out[slot]
+        barred = [token for token in table.stop_ids[slot].tolist() if token >= 0] if early else []
+        if sequence.request.params.ignore_eos:
+            barred += sequence.guide.eos_ids
+        masks.append(sequence.guide.allowed(barred))
+    return MaskPlan(rows, np.stack(masks))
 
 
 def _prompt_logprobs(

@@ -62,6 +62,8 @@ def whole_text(sequence: Sequence, tokenizer: Tokenizer) -> str:
 def ends_with_hidden_stop_id(sequence: Sequence) -> bool:
     """Whether the last token is a stop id that the text should not show."""
     by_token = sequence.finish_reason == "stop" and not isinstance(sequence.stop_reason, str)
+    if sequence.stop_reason is None and sequence.guide is not None and sequence.guide.ended_in_text:
+        return False
     return by_token and not sequence.request.params.include_stop_str_in_output
 
 

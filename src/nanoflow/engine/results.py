@@ -1,4 +1,4 @@
-"""What a result means for its sequences: tokens that extend and end them, log-probabilities, first tokens.
+"""What a result means for its sequences: tokens that extend, guide and end them, log-probabilities, first tokens.
 
 The common case, a token that just extends its sequence, is vectorised up to the sequence's own list.
 """
@@ -15,6 +15,7 @@ from nanoflow.core.request import TokenLogprobs
 from nanoflow.engine.batching import ScheduledBatch
 from nanoflow.engine.sequence import Sequence, TokenEvent, token_logprobs
 from nanoflow.engine.table import RequestTable, SlotState
+from nanoflow.text.grammars import advance
 
 
 def extend(
@@ -36,7 +37,10 @@ def extend(
     stopped = (table.stop_ids[slots] == tokens[:, None]).any(axis=1) & (n_out > table.min_out[slots])
     ended = stopped | (n_out >= table.max_out[slots])
     wants_logprobs = table.n_logprobs[slots] >= 0
-    special = wants_logprobs | table.watches_text[slots]
+    guided = table.guided[slots]
+    if guided.any():
+        _advance_guides(table, slots[guided], tokens[guided])
+    special = wants_logprobs | table.watches_text[slots] | guided
     events: list[TokenEvent] = []
     for row, slot, token, is_stop, is_end, is_special in zip(
         rows.tolist(),
@@ -70,16 +74,36 @@ def special_token(
     if n_top is not None and sequence.logprobs is not None and result.logprobs is not None:
         logprobs = token_logprobs(result.logprobs, row, token, n_top)
         sequence.logprobs.append(logprobs)
+    guide = sequence.guide
+    ended_by_guide = guide is not None and guide.ended and not is_stop
+    is_end |= ended_by_guide
     text = None
     if sequence.stop_watch is not None:
-        hide = is_stop and not sequence.request.params.include_stop_str_in_output
+        at_end_id = is_stop or (guide is not None and guide.ended and not guide.ended_in_text)
+        hide = at_end_id and not sequence.request.params.include_stop_str_in_output
         may_stop = len(sequence.output_ids) > sequence.request.params.min_tokens
         text, matched = sequence.stop_watch.feed([token], last=is_end, drop_last_token=hide, may_stop=may_stop)
         sequence.text_parts.append(text)
         if matched is not None:
             sequence.finish("stop", matched)
             is_end = True
+    if ended_by_guide:
+        assert guide is not None
+        if guide.failure is None:
+            sequence.finish("stop")
+        else:
+            sequence.finish("error", error=f"the grammar cannot go on: {guide.failure}")
     return text, logprobs, is_end
+
+
+def _advance_guides(table: RequestTable, slots: np.ndarray, tokens: np.ndarray) -> None:
+    """Find what may follow these tokens of guided requests; on a GPU, while it computes the next batch."""
+    guides = []
+    for slot in slots.tolist():
+        sequence = table.sequences[slot]
+        assert sequence is not None and sequence.guide is not None
+        guides.append(sequence.guide)
+    advance(guides, tokens.tolist())
 
 
 def note_first_tokens(table: RequestTable, batch: ScheduledBatch) -> None:

@@ -1,6 +1,6 @@
-"""From logits to tokens on the device: penalties, logit changes, the choice itself, and log-probabilities.
+"""From logits to tokens on the device: penalties, logit changes, masks, the choice itself, and log-probabilities.
 
-The common case (no penalties, no biases, no log-probabilities) is one kernel call. Penalties need the tokens so far,
+The common case (no penalties, biases, masks or log-probabilities) is one kernel call. Penalties need the tokens so far,
 which the host does not know while a batch is in flight, so their counts live on the device, a row a request that has
 any; sampling updates them in launch order.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanoflow.core.batch import LogprobArrays, PenaltyPlan, SamplingPlan
 from nanoflow.kernels.base import Kernels
+from nanoflow.kernels.reference_sampling import keep_allowed
 
 
 class PenaltyTable:
@@ -85,6 +86,8 @@ class LogitsSampler:
         if len(plan.bias_rows):
             rows, tokens = self._tensor(plan.bias_rows).long(), self._tensor(plan.bias_tokens).long()
             logits_sv.index_put_((rows, tokens), self._tensor(plan.bias_values), accumulate=True)
+        if plan.masks is not None:
+            keep_allowed(logits_sv, self._tensor(plan.masks.rows).long(), self._tensor(plan.masks.bits))
         self._kernels.sample(
             logits_sv,
             self._tensor(plan.temperature),

@@ -189,13 +189,15 @@ class Scheduler:
     def _decode_slots(self, promises: list[Promise] | None) -> tuple[np.ndarray, int]:
         """Slots that decode this iteration, with a page for their new token each; preempts the youngest if need be.
 
-        With `promises` those that have to leave their places to better requests are left out. Also returns how many
-        tokens the background may take besides.
+        Guided ones leave out the iterations in which their last token is in flight: what may follow depends on it. With
+        `promises` those that have to leave their places to better requests are left out. Also returns how many tokens
+        the background may take besides.
         """
         table, page, background = self.table, self.limits.page_tokens, self.limits.dense_batch
         while True:
             slots: np.ndarray = table.slots_in(SlotState.DECODE)
             slots = slots[table.n_out_planned[slots] < table.max_out[slots]]
+            slots = slots[~table.guided[slots] | (table.in_flight[slots] == 0)]
             if promises is not None:
                 slots, background = self.room.decodes(slots, promises)
             growing = slots[table.computed[slots] >= table.n_pages[slots] * page]
@@ -327,7 +329,7 @@ class Scheduler:
         return tuple(dict.fromkeys([*eos, *params.stop_token_ids]))
 
     def _has_fixed_length(self, sequence: Sequence) -> bool:
-        return not sequence.request.params.stop and not self.stop_ids_of(sequence)
+        return not (sequence.request.params.stop or self.stop_ids_of(sequence) or sequence.guide)
 
     # --- giving pages back ---
 

@@ -17,6 +17,7 @@ import numpy as np
 from nanoflow.core.batch import Int32Array, LogprobArrays
 from nanoflow.core.request import FinishReason, Logprob, Request, TokenLogprobs
 from nanoflow.kvcache.chain import RunningHash
+from nanoflow.text.grammars import Guide
 
 
 class StopWatch(Protocol):
@@ -67,12 +68,14 @@ class Sequence:
         *,
         streaming: bool = False,
         stop_watch: StopWatch | None = None,
+        guide: Guide | None = None,
         choices: Choices | None = None,
     ) -> None:
         self.request = request
         self.choices = choices
         self.streaming = streaming
         self.stop_watch = stop_watch
+        self.guide = guide
         self.prompt_array: Int32Array = np.asarray(request.prompt_token_ids, dtype=np.int32)
         self.output_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 
 from nanoflow.core.errors import InvalidRequestError
@@ -22,6 +22,7 @@ from nanoflow.engine.sequence import Choices, Sequence
 from nanoflow.engine.table import N_STOP_IDS
 from nanoflow.engine.text_stream import TextStream
 from nanoflow.text.base import Tokenizer
+from nanoflow.text.grammars import Grammars
 
 Prompt = str | SequenceOf[int]
 
@@ -34,6 +35,10 @@ class Submission:
     tokenizer: Tokenizer
     max_model_len: int
     eos_ids: tuple[int, ...]
+    grammars: Grammars = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grammars", Grammars(self.tokenizer, self.spec.vocab_size, self.eos_ids))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt given as text or as ids. Raises `InvalidRequestError` if none or out of vocabulary."""
@@ -70,9 +75,11 @@ class Submission:
     ) -> list[Sequence]:
         """One sequence a choice of the request. Raises `InvalidRequestError` naming the field.
 
+        A grammar that is not remembered is compiled here; `grammars.compile` may do so before, in another thread.
         Only requests with equal `cache_salt` share KV pages. Those with a smaller `priority` go first.
         """
         max_tokens = self.check(len(prompt_ids), params, cache_salt, priority)
+        grammar = None if params.structured is None else self.grammars.compile(params.structured)
         request_id = request_id or uuid.uuid4().hex
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ids = tuple(prompt_ids)
@@ -94,6 +101,7 @@ class Submission:
                 ),
                 streaming=streaming,
                 stop_watch=TextStream(self.tokenizer, params) if params.stop else None,
+                guide=None if grammar is None else grammar.start(),
                 choices=choices,
             )
             for index in range(params.n)

@@ -67,6 +67,7 @@ class RequestTable:
         self.n_logprobs = ints(-1)
         self.adjusts_logits = np.zeros(n_slots, dtype=bool)  # logit bias or a minimum length
         self.watches_text = np.zeros(n_slots, dtype=bool)  # stop strings
+        self.guided = np.zeros(n_slots, dtype=bool)  # a grammar says which tokens may come next
         self.stop_ids = np.full((n_slots, N_STOP_IDS), NO_TOKEN, dtype=np.int32)
         self.penalty_row = ints(-1)
         self.repetition = np.ones(n_slots, dtype=np.float32)
@@ -112,7 +113,7 @@ class RequestTable:
         self.order[slot] = (request.priority << AGE_BITS) + sequence.age
         self.max_out[slot] = request.max_tokens
         self.min_out[slot] = params.min_tokens
-        self.fixed_length[slot] = not stop_ids and not params.stop
+        self.fixed_length[slot] = not stop_ids and not params.stop and sequence.guide is None
         self.n_pages[slot] = 0
         self.borrowed[slot] = 0
         self.temperature[slot] = params.temperature
@@ -123,6 +124,7 @@ class RequestTable:
         self.n_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self.adjusts_logits[slot] = bool(params.logit_bias) or params.min_tokens > 0
         self.watches_text[slot] = sequence.stop_watch is not None
+        self.guided[slot] = sequence.guide is not None
         self.stop_ids[slot] = NO_TOKEN
         self.stop_ids[slot, : len(stop_ids)] = stop_ids
         self.penalty_row[slot] = -1

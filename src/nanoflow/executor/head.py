@@ -1,4 +1,4 @@
-"""LM head and sampling, launch by launch: any plan, with penalties, biases and log-probabilities.
+"""LM head and sampling, launch by launch: any plan, with penalties, biases, masks and log-probabilities.
 
 Rows go through in blocks, so float32 logits never take much memory.
 """
@@ -94,8 +94,8 @@ class BlockHead:
 
 
 def is_plain(plan: SamplingPlan) -> bool:
-    """Whether tokens depend on the logits alone: no penalties, no biases, and no log-probabilities asked for."""
-    return plan.penalties is None and not plan.any_logprobs and not len(plan.bias_rows)
+    """Whether tokens depend on the logits alone: no penalties, biases or masks, and no log-probabilities asked for."""
+    return plan.penalties is None and not plan.any_logprobs and not len(plan.bias_rows) and plan.masks is None
 
 
 def keeps_every_token(plan: SamplingPlan) -> bool:

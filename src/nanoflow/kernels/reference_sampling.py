@@ -38,6 +38,18 @@ def sample(
     out_s.copy_(torch.where(greedy, best, chosen))
 
 
+def keep_allowed(logits_sv: Tensor, rows_m: Tensor, bits_mw: Tensor) -> None:
+    """Set the logits of `rows_m` to minus infinity where the mask's bit is 0 (`core.batch.MaskPlan`). Any device."""
+    n_vocab = logits_sv.shape[1]
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits_mw.device)
+    bytes_mb = bits_mw.view(torch.uint8)[:, : -(-n_vocab // 8)]
+    forbidden_mv = ((bytes_mb[:, :, None] >> shifts) & 1).flatten(1)[:, :n_vocab] == 0
+    if len(rows_m) == len(logits_sv):
+        logits_sv.masked_fill_(forbidden_mv, float("-inf"))
+    else:
+        logits_sv[rows_m] = logits_sv[rows_m].masked_fill(forbidden_mv, float("-inf"))
+
+
 def _sorted_threshold(scores_sv: Tensor, top_k_s: Tensor, top_p_s: Tensor) -> Tensor:
     """Lowest score (S, 1) that survives top-k (0: no limit) and then top-p of what top-k kept."""
     ordered = scores_sv.sort(dim=-1, descending=True).values

@@ -23,6 +23,7 @@ from nanoflow.core.hardware import MachineRates
 from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.core.stats import EngineStats, ReplicaStats, WorkDone
+from nanoflow.core.structured import StructuredOutput
 from nanoflow.engine.submission import Submission
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.scaleout.config import ScaleoutConfig
@@ -120,6 +121,8 @@ class ReplicatedEngine:
             raise EngineDeadError("no replica is left, or all are shutting down; start the server again.")
         ids = self._submission.prompt_ids(prompt)
         self._submission.check(len(ids), params, cache_salt, priority)
+        if params.structured is not None:
+            self.prepare(params.structured)
         self._count(params.n)
         if params.seed is None:  # so that a second replica would give the same answer
             params = replace(params, seed=secrets.randbits(63))
@@ -127,6 +130,13 @@ class ReplicatedEngine:
         stream = RoutedStream(order, asyncio.get_running_loop(), self._abort)
         self._soon(self._fleet.add, stream)
         return stream
+
+    def prepare(self, wanted: StructuredOutput) -> None:
+        """Check what an answer shall match; each replica compiles it again. Any thread may call it.
+
+        Raises `InvalidRequestError`, or `ConfigError` where the library for it is missing.
+        """
+        self._submission.grammars.compile(wanted)
 
     @property
     def n_open(self) -> int:

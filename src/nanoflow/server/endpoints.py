@@ -25,6 +25,7 @@ from nanoflow.server.errors import ApiError, bad_request
 from nanoflow.server.generation import Generation
 from nanoflow.server.metrics import Metrics
 from nanoflow.server.protocol import ChatRequest, CompletionRequest, GenerationFields
+from nanoflow.server.structure import with_structure
 
 DEFAULT_COMPLETION_TOKENS = 16
 _LONG_TEXT_CHARS = 8192
@@ -136,6 +137,7 @@ class ChatEndpoint(GenerationEndpoint):
         if not ids:
             raise bad_request("messages hold no text; send at least one message with some.", "messages")
         params = replace(params, max_tokens=self.fit(len(ids), wanted, None, "messages"))
+        params = await with_structure(params, request, self.engine)
         answer = ChatAnswer(
             self.model, self.engine.tokenizer, n_logprobs=logprobs, include_usage=bool(options.include_usage)
         )
@@ -175,6 +177,7 @@ class CompletionEndpoint(GenerationEndpoint):
         options = parsing.stream_options(request)
         prompts = parsing.prompts_of(request, self.config.max_prompts, self.engine.spec.vocab_size)
         params, prompt_only = self._params(request)
+        params = await with_structure(params, request, self.engine)
         self._check_counts(len(prompts), params.n)
         n_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         ids = await off_loop(n_chars, lambda: [self._tokenise(prompt) for prompt in prompts])

@@ -11,6 +11,7 @@ from nanoflow.core.model_spec import ModelSpec
 from nanoflow.core.request import OutputDelta
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.core.stats import EngineStats, WorkDone
+from nanoflow.core.structured import StructuredOutput
 from nanoflow.pipeline.pipeline import Pipeline
 from nanoflow.text.base import Tokenizer
 
@@ -71,6 +72,13 @@ class Engine(Protocol):
         of choice 0 tells `cached_tokens`.
 
         Raises `InvalidRequestError`, `QueueFullError`, `EngineDeadError`.
+        """
+        ...
+
+    def prepare(self, wanted: StructuredOutput) -> None:
+        """Compile what an answer shall match, so that `submit` need not. May block; any thread may call it.
+
+        Raises `InvalidRequestError`, or `ConfigError` where the library for it is missing.
         """
         ...
 

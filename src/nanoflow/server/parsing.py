@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -50,10 +51,11 @@ _PASSED_ON = (
 def parse(model: type[Model], data: Any, path: str = "") -> Model:
     """`data` as a `model`. Raises a 400 for an unknown, missing, mistyped or refused field; `path` is where it is."""
     if not isinstance(data, dict):
-        raise bad_request(f"{path} must be an object, not {_shown(data)}.", path)
+        raise bad_request(f"{path} must be an object, not {shown(data)}.", path)
     prefix = f"{path}." if path else ""
+    known = _field_names(model)
     for name in data:
-        if name not in model.model_fields:
+        if name not in known:
             raise _unknown_field(name, prefix, model)
         if name in REFUSED and data[name] is not None:
             harmless, sentence = REFUSED[name]
@@ -65,8 +67,14 @@ def parse(model: type[Model], data: Any, path: str = "") -> Model:
         raise _invalid(exc, data, prefix) from None
 
 
+@cache
+def _field_names(model: type[StrictModel]) -> tuple[str, ...]:
+    """What the fields are called in JSON."""
+    return tuple(field.alias or name for name, field in model.model_fields.items())
+
+
 def _unknown_field(name: str, prefix: str, model: type[StrictModel]) -> ApiError:
-    near = difflib.get_close_matches(name[:100], model.model_fields, n=1, cutoff=0.55)
+    near = difflib.get_close_matches(name[:100], _field_names(model), n=1, cutoff=0.55)
     hint = f"; did you mean {near[0]!r}?" if near else "; remove it."
     return bad_request(f"Unknown field {prefix + name[:100]!r}{hint}", prefix + name[:100], "unknown_field")
 
@@ -79,10 +87,11 @@ def _invalid(exc: ValidationError, data: dict[str, Any], prefix: str) -> ApiErro
     expected = _EXPECTED.get(fault["type"])
     if expected is None:
         return bad_request(f"{param}: {fault['msg']}.", param)
-    return bad_request(f"{param} must be {expected}, not {_shown(fault['input'])}.", param)
+    return bad_request(f"{param} must be {expected}, not {shown(fault['input'])}.", param)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value from a request, for a sentence about it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -113,7 +122,7 @@ def prompts_of(request: CompletionRequest, max_prompts: int, vocab_size: int) ->
     if not isinstance(value, list):
         raise bad_request(
             "prompt must be a string, a list of strings, a list of token ids or a list of token-id lists, "
-            f"not {_shown(value)}.",
+            f"not {shown(value)}.",
             "prompt",
         )
     if not value:
@@ -139,10 +148,10 @@ def check_token_ids(ids: Sequence[Any], vocab_size: int, path: str) -> None:
         return
     for token in ids:
         if type(token) is not int:
-            raise bad_request(f"{path} must hold token ids only, not {_shown(token)}.", path)
+            raise bad_request(f"{path} must hold token ids only, not {shown(token)}.", path)
         if not 0 <= token < vocab_size:
             raise bad_request(
-                f"Token id {_shown(token)} in {path} is not in the vocabulary; ids run from 0 to {vocab_size - 1}.",
+                f"Token id {shown(token)} in {path} is not in the vocabulary; ids run from 0 to {vocab_size - 1}.",
                 path,
             )
 
@@ -150,7 +159,7 @@ def check_token_ids(ids: Sequence[Any], vocab_size: int, path: str) -> None:
 def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
     """The messages as the chat template wants them: role, content as one text, name where given."""
     if not isinstance(request.messages, list):
-        raise bad_request(f"messages must be a list of messages, not {_shown(request.messages)}.", "messages")
+        raise bad_request(f"messages must be a list of messages, not {shown(request.messages)}.", "messages")
     if not request.messages:
         raise bad_request("messages is empty; send at least one message.", "messages")
     return [_message(item, f"messages[{index}]") for index, item in enumerate(request.messages)]
@@ -170,7 +179,7 @@ def _content(content: Any, path: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise bad_request(f"{path} must be a string or a list of text parts, not {_shown(content)}.", path)
+        raise bad_request(f"{path} must be a string or a list of text parts, not {shown(content)}.", path)
     texts = []
     for index, part in enumerate(content):
         here = f"{path}[{index}]"
@@ -200,12 +209,12 @@ def sampling_params(
 ) -> SamplingParams:
     """The engine's parameters. Raises a 400 or `InvalidRequestError` naming the field."""
     if request.n is not None and request.n > max_n:
-        raise bad_request(f"n is {_shown(request.n)}; ask for at most {max_n} choices.", "n")
+        raise bad_request(f"n is {shown(request.n)}; ask for at most {max_n} choices.", "n")
     if request.prompt_logprobs is not None and request.stream:
         raise bad_request("prompt_logprobs cannot be streamed; leave out one of the two.", "prompt_logprobs")
     if request.stop_token_ids is not None and not isinstance(request.stop_token_ids, list):
         raise bad_request(
-            f"stop_token_ids must be a list of token ids, not {_shown(request.stop_token_ids)}.", "stop_token_ids"
+            f"stop_token_ids must be a list of token ids, not {shown(request.stop_token_ids)}.", "stop_token_ids"
         )
     if request.stop_token_ids:
         check_token_ids(request.stop_token_ids, vocab_size, "stop_token_ids")
@@ -234,7 +243,7 @@ def _logit_bias(value: Any, vocab_size: int) -> dict[int, float] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise bad_request(f"logit_bias must be an object of token id to number, not {_shown(value)}.", "logit_bias")
+        raise bad_request(f"logit_bias must be an object of token id to number, not {shown(value)}.", "logit_bias")
     biases: dict[int, float] = {}
     for token, bias in value.items():
         if not (token.isascii() and token.isdigit() and len(token) < 12 and int(token) < vocab_size):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class StrictModel(BaseModel):
@@ -126,7 +126,31 @@ class TextPart(StrictModel):
     text: str
 
 
-_NOT_STRUCTURED = "Structured output is not supported; leave {} out."
+class ResponseFormat(StrictModel):
+    """What `response_format` says."""
+
+    type: str
+    json_schema: Any = None
+
+
+class JsonSchemaFormat(StrictModel):
+    """OpenAI's wrapping of a schema. It is always followed to the letter, whatever `strict` says."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Any = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class StructuredFields(StrictModel):
+    """vLLM's `structured_outputs`."""
+
+    json_: Any = Field(default=None, alias="json")
+    json_object: Any = None
+    regex: Any = None
+    choice: Any = None
+    grammar: Any = None
+
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": (([],), "Tool calls are not supported; leave tools out."),
@@ -137,14 +161,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "Audio is not supported; leave audio out."),
     "web_search_options": ((), "Web search is not supported; leave web_search_options out."),
     "suffix": (("",), "Insertion before a suffix is not supported; leave suffix out."),
-    "response_format": (
-        ({"type": "text"},),
-        'Structured output is not supported; leave response_format out or send {"type": "text"}.',
-    ),
-    **{
-        name: ((), _NOT_STRUCTURED.format(name))
-        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
-    },
     "use_beam_search": ((False,), "Beam search is not supported; leave use_beam_search out."),
     "length_penalty": ((1.0,), "length_penalty belongs to beam search, which is not supported; leave it out."),
     "truncate_prompt_tokens": ((), "Prompts are never cut; shorten the prompt and leave truncate_prompt_tokens out."),

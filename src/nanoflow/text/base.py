@@ -13,6 +13,8 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     has_chat_template: bool
+    special_ids: frozenset[int]
+    """Tokens that are not text: what they are called is no part of what is written."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written in the text are recognised."""

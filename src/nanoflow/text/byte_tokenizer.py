@@ -25,6 +25,7 @@ class ByteTokenizer:
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.has_chat_template = True
+        self.special_ids: frozenset[int] = frozenset()
         self._template = ChatTemplate(_TEMPLATE)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

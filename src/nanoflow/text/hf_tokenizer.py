@@ -40,7 +40,7 @@ class HfTokenizer:
         backend.no_padding()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
-        self._special = extras.extra_special_ids | {token_id for token_id, token in added.items() if token.special}
+        self.special_ids = extras.extra_special_ids | {token_id for token_id, token in added.items() if token.special}
         decoder = _decoder_types(backend, origin)
         self._strips_space = "Strip" in decoder or "Metaspace" in decoder
         self._bytes = _byte_table(
@@ -67,7 +67,7 @@ class HfTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary stand for nothing."""
-        special = self._special if skip_special_tokens else frozenset()
+        special = self.special_ids if skip_special_tokens else frozenset()
         text = b"".join(self.token_bytes(token) for token in token_ids if token not in special).decode(
             "utf-8", "replace"
         )
