@@ -45,7 +45,10 @@ def test_what_cannot_be_meant_is_refused(fields: dict[str, Any], sentence: str) 
         StructuredOutput(**fields)
 
 
-def test_sampling_parameters_take_nothing_else() -> None:
+def test_sampling_parameters_take_it_as_a_mapping_too() -> None:
     assert SamplingParams(structured=StructuredOutput(regex="a")).structured is not None
-    with pytest.raises(InvalidRequestError, match="structured must be a StructuredOutput, not dict"):
-        SamplingParams(structured={"regex": "a"})  # type: ignore[arg-type]
+    from_mapping = SamplingParams(structured={"regex": "a"})  # type: ignore[arg-type]
+    assert from_mapping.structured == StructuredOutput(regex="a")
+    for wrong in ("a+", {"regexp": "a"}, 5):
+        with pytest.raises(InvalidRequestError, match="structured must have one of the fields json, json_object"):
+            SamplingParams(structured=wrong)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanoflow.core.batch import SamplingPlan
+from nanoflow.core.batch import MaskPlan, SamplingPlan
 from nanoflow.device.base import Issue, Program
 from nanoflow.executor import captured
 from nanoflow.executor.captured import CapturedExecutor
 from nanoflow.executor.executor import Executor
+from nanoflow.executor.head import split_masked
 from nanoflow.executor.head_states import head_layout
 from nanoflow.executor.pinned import PinnedStage
 from nanoflow.pipeline.graph import layer_graph
@@ -51,6 +53,7 @@ def head_alone(executor: Executor) -> CapturedExecutor:
     found._n_slots = len(executor._last_tokens) - 1
     found._activations = executor._activations
     found._last_tokens = executor._last_tokens
+    found.head = executor.head
     found._head_program = captured.Program((captured.Launch("head", captured.WHOLE, found._sample, 0),), 0)
     found._head_rows = N_ROWS
     found._head_stage = PinnedStage(head_layout(N_ROWS)[-1].stop, torch.device("cpu"))
@@ -75,6 +78,41 @@ def plan_of(top_k: list[int]) -> SamplingPlan:
         bias_tokens=np.zeros(0, np.int32),
         bias_values=np.zeros(0, np.float32),
     )
+
+
+def masked(plan: SamplingPlan, rows: list[int], vocab_size: int) -> SamplingPlan:
+    """`rows` may choose among tokens 64 to 95 alone."""
+    bits = np.zeros((len(rows), -(-vocab_size // 32)), dtype=np.int32)
+    bits[:, 2] = -1
+    return replace(plan, masks=MaskPlan(np.array(rows, dtype=np.int32), bits))
+
+
+def test_rows_without_masks_are_replayed_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "LIMITED_ROWS", ROWS_A_REPLAY)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    save_tiny_model("qwen2", tmp_path / "model")
+    engine = make_tiny_engine(tmp_path / "model", BACKENDS[0], dense_batch=DENSE_BATCH)
+    config = engine.config.with_options("device", tensor_parallel_size=2, threads=2)
+    with sharded(config, PIPELINES["sequential"](layer_graph(engine.spec, 2)), tmp_path) as launcher:
+        x_td = torch.randn(DENSE_BATCH, engine.spec.d_model, generator=torch.Generator().manual_seed(1))
+        for executor in launcher.executors:
+            executor._activations.x_td.copy_(x_td)
+        free = plan_of([0] * N_ROWS)
+        plan = masked(free, [1, 4, 5, 10], engine.spec.vocab_size)
+        unmasked, _ = on_each(2, lambda rank: launcher.executors[rank].head.sample(free))[0]
+        wanted, _ = on_each(2, lambda rank: launcher.executors[rank].head.sample(plan))[0]
+        heads = [head_alone(executor) for executor in launcher.executors]
+        split = split_masked(plan)
+        assert split is not None
+        chosen = on_each(2, lambda rank: heads[rank]._choose(*split, None))
+    engine.close()
+    assert [one.tolist() for one in chosen] == [wanted.tolist()] * 2
+    rows = np.array([1, 4, 5, 10])
+    assert ((wanted.numpy()[rows] >= 64) & (wanted.numpy()[rows] < 96)).all()
+    assert np.delete(wanted.numpy(), rows).tolist() == np.delete(unmasked.numpy(), rows).tolist()
+    assert heads[0].device.sizes == [(8, True)], "the seven rows without a mask, in one replay"  # type: ignore[attr-defined]
+    assert heads[0]._last_tokens[:N_ROWS].tolist() == wanted.tolist()
+    assert split_masked(free) is None and split_masked(masked(free, list(range(N_ROWS)), 320)) is None
 
 
 def test_limited_rows_take_replays_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanoflow.core.batch import PenaltyPlan, PenaltyReset, SamplingPlan
+from nanoflow.core.batch import MaskPlan, PenaltyPlan, PenaltyReset, SamplingPlan
 from nanoflow.engine.sampler import LogitsSampler, PenaltyTable
 from nanoflow.executor.head import LOGIT_ROWS, BlockHead
 from nanoflow.kernels.registry import available, create
@@ -208,3 +208,37 @@ def test_many_rows_are_sampled_in_blocks_as_if_in_one() -> None:
 def test_nothing_to_sample() -> None:
     tokens, arrays = head_of(logits_of(2)).sample(plan(0))
     assert len(tokens) == 0 and arrays is None
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_masked_rows_choose_among_their_tokens_and_others_as_before(kernels: str) -> None:
+    n = 40
+    rng = np.random.default_rng(3)
+    rows = ints(sorted(rng.choice(n, 17, replace=False)))
+    may = rng.random((17, VOCAB)) < 0.1
+    may[np.arange(17), rng.integers(0, VOCAB, 17)] = True
+    padded = np.pad(may, ((0, 0), (0, 64 - VOCAB)), constant_values=True)  # bits beyond the vocabulary mean nothing
+    bits = np.packbits(padded, axis=1, bitorder="little").view(np.int32)
+    free, tokens = plan(n), torch.empty(n, dtype=torch.int32)
+    make_sampler(kernels).sample(logits_of(n), free, tokens)
+    chosen = torch.empty(n, dtype=torch.int32)
+    make_sampler(kernels).sample(logits_of(n), replace(free, masks=MaskPlan(rows, bits)), chosen)
+    assert may[np.arange(17), chosen.numpy()[rows]].all()
+    others = np.setdiff1d(np.arange(n), rows)
+    assert (chosen.numpy()[others] == tokens.numpy()[others]).all()
+    best = np.where(may, logits_of(n).numpy()[rows], -np.inf).argmax(axis=1)
+    greedy = free.temperature[rows] == 0
+    assert greedy.any() and (chosen.numpy()[rows][greedy] == best[greedy]).all()
+    every = replace(plan(17), masks=MaskPlan(ints(range(17)), bits))
+    all_masked = torch.empty(17, dtype=torch.int32)
+    make_sampler(kernels).sample(logits_of(17), every, all_masked)
+    assert may[np.arange(17), all_masked.numpy()].all()
+
+
+def test_blocks_of_rows_keep_their_masks() -> None:
+    whole = replace(plan(10), masks=MaskPlan(ints([2, 5, 9]), np.arange(6, dtype=np.int32).reshape(3, 2)))
+    part = whole.rows(4, 9).masks
+    assert part is not None and part.rows.tolist() == [1] and part.bits.tolist() == [[2, 3]]
+    assert whole.rows(6, 9).masks is None
+    last = whole.rows(9, 10).masks
+    assert last is not None and last.rows.tolist() == [0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import types
 import typing
 from typing import Any
@@ -42,6 +43,7 @@ SAMPLING_HELP = {
     "logprobs": "also give log-probabilities of the chosen and the k likeliest tokens",
     "prompt_logprobs": "also score the prompt, with k alternatives a token",
     "skip_special_tokens": "leave special tokens out of the text",
+    "structured": "what each answer must match: a JSON object with json, json_object, regex, choice or grammar",
 }
 _SHORT = {"tensor_parallel_size": "--tp"}
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -104,6 +106,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> No
             group.add_argument(
                 flag(name), metavar="ID=BIAS", type=_bias, action="append", default=argparse.SUPPRESS, help=text
             )
+        elif name == "structured":
+            group.add_argument(flag(name), metavar="JSON", type=_json_object, default=argparse.SUPPRESS, help=text)
         elif name in ("stop", "stop_token_ids"):
             plain = str if name == "stop" else int
             group.add_argument(
@@ -153,6 +157,16 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, e.g. 50256=-100") from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError('it must be a JSON object, e.g. \'{"choice": ["yes", "no"]}\'')
+    return value
 
 
 def check_positive(name: str, value: int) -> None:

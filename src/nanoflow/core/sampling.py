@@ -20,7 +20,8 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. `seed` makes a request repeatable whatever
     else is in the batch. `logprobs` k returns the chosen token's log-probability and those of the k likeliest ones,
     from the model's distribution before temperature, penalties and truncation. `max_tokens` None means: as many as
-    the context allows. `structured` is what the whole text must match. Raises `InvalidRequestError` naming the field.
+    the context allows. `structured` is what the whole text must match; a mapping of its fields becomes one. Raises
+    `InvalidRequestError` naming the field.
     """
 
     n: int = 1
@@ -92,10 +93,8 @@ class SamplingParams:
                 raise InvalidRequestError("stop must hold non-empty strings; drop the empty ones.", "stop")
         for token in self.stop_token_ids:
             _require_int("stop_token_ids", token, 0)
-        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
-            raise InvalidRequestError(
-                f"structured must be a StructuredOutput, not {type(self.structured).__name__}.", "structured"
-            )
+        if self.structured is not None:
+            object.__setattr__(self, "structured", _structured(self.structured))
 
     @property
     def greedy(self) -> bool:
@@ -105,6 +104,16 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _structured(value: object) -> StructuredOutput:
+    """`value`, which may be a mapping of the fields, as JSON files and flags have it."""
+    if isinstance(value, StructuredOutput):
+        return value
+    known = StructuredOutput.__dataclass_fields__
+    if not isinstance(value, Mapping) or not set(value) <= set(known):
+        raise InvalidRequestError(f"structured must have one of the fields {', '.join(known)}.", "structured")
+    return StructuredOutput(**value)
 
 
 def _require_int(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -2,10 +2,10 @@
 
 An iteration is two replays: the layers, recorded per batch size, and the LM head with sampling, recorded per number
 of rows that sample. Between them and the next iteration the host only fills a staging buffer; sampled tokens stay on
-the device for the next iteration's decode rows. Rows with penalties, biases or log-probabilities take `BlockHead`,
-launch by launch. Batch sizes below the pipeline's `min_tokens` are recorded in sequential order on the whole device.
-With several ranks, rows that need not keep every token (top-k, top-p, min-p) have recordings of
-their own, which gather the logits of the whole vocabulary.
+the device for the next iteration's decode rows. Rows with masks take `BlockHead`, launch by launch, and so do all rows
+of a batch in which some have penalties, biases or log-probabilities. Batch sizes below the pipeline's `min_tokens` are
+recorded in sequential order on the whole device. With several ranks, rows that need not keep every token (top-k, top-p,
+min-p) have recordings of their own, which gather the logits of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from nanoflow.executor.bucket import (
     slice_rows,
     with_border,
 )
-from nanoflow.executor.head import BlockHead, Sampler, is_plain, keeps_every_token
+from nanoflow.executor.head import BlockHead, Sampler, is_plain, keeps_every_token, split_masked
 from nanoflow.executor.head_states import LIMITED_ROWS, HeadState, head_layout, head_states, write_head
 from nanoflow.executor.pinned import PinnedStage, ResultRing
 from nanoflow.executor.program import build_program, issue
@@ -198,7 +199,10 @@ class CapturedExecutor:
         run = self._replay_layers(bisect_left(self._sizes, plan.n_tokens), plan, tracer)
         sampling = plan.sampling
         if plan.prompt_logprobs is not None or not is_plain(sampling):
-            return self._finish_in_blocks(plan)
+            split = None if plan.prompt_logprobs is not None else split_masked(sampling)
+            return (
+                self._finish_in_blocks(plan) if split is None else self._returning(plan, self._choose(*split, tracer))
+            )
         if not len(sampling.token_rows):
             return CapturedInFlight(plan, run, torch.zeros(0, dtype=torch.int32))
         return self._returning(plan, self._replay_heads(sampling, tracer))
@@ -245,6 +249,14 @@ class CapturedExecutor:
                 chosen.append(tokens.clone())  # the next replay writes there
         with torch.cuda.stream(self.device.main):
             return torch.cat(chosen)
+
+    def _choose(self, free: SamplingPlan, masked: SamplingPlan, order: np.ndarray, tracer: Tracer | None) -> Tensor:
+        """Tokens of rows without masks, by a replay as ever, and of those that have one."""
+        replayed = self._replay_heads(free, tracer)
+        with torch.no_grad(), torch.cuda.stream(self.device.main):
+            tokens, _ = self.head.sample(masked)
+            back = torch.from_numpy(order).to(tokens.device)
+            return torch.cat([replayed, tokens]).index_select(0, back)
 
     def _replay_rows(self, heads: list[list[HeadState]], plan: SamplingPlan, tracer: Tracer | None) -> Tensor:
         n_rows = len(plan.token_rows)

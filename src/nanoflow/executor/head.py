@@ -6,13 +6,14 @@ Rows go through in blocks, so float32 logits never take much memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanoflow.core.batch import LogprobArrays, PromptLogprobPlan, SamplingPlan
+from nanoflow.core.batch import LogprobArrays, MaskPlan, PromptLogprobPlan, SamplingPlan
 from nanoflow.models.decoder import Decoder
 from nanoflow.models.sharded import ShardedDecoder
 
@@ -96,6 +97,24 @@ class BlockHead:
 def is_plain(plan: SamplingPlan) -> bool:
     """Whether tokens depend on the logits alone: no penalties, biases or masks, and no log-probabilities asked for."""
     return plan.penalties is None and not plan.any_logprobs and not len(plan.bias_rows) and plan.masks is None
+
+
+def split_masked(plan: SamplingPlan) -> tuple[SamplingPlan, SamplingPlan, np.ndarray] | None:
+    """The plan of the rows without a mask, that of the others, and the order that puts their tokens back in place.
+
+    None unless there are both kinds of rows and masks are all that keeps the plan from being plain.
+    """
+    masks = plan.masks
+    if masks is None or len(masks.rows) == len(plan.token_rows) or not is_plain(replace(plan, masks=None)):
+        return None
+    free = np.delete(np.arange(len(plan.token_rows), dtype=np.int32), masks.rows)
+
+    def picked(rows: np.ndarray, masks: MaskPlan | None) -> SamplingPlan:
+        columns = ("token_rows", "slots", "temperature", "top_k", "top_p", "min_p", "keys", "n_logprobs")
+        return replace(plan, masks=masks, **{name: getattr(plan, name)[rows] for name in columns})
+
+    masked = picked(masks.rows, MaskPlan(np.arange(len(masks.rows), dtype=np.int32), masks.bits))
+    return picked(free, None), masked, np.argsort(np.concatenate([free, masks.rows]))
 
 
 def keeps_every_token(plan: SamplingPlan) -> bool:

@@ -5,6 +5,8 @@ Tokens whose score equals that of the last kept one are kept too, so the order o
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -41,13 +43,19 @@ def sample(
 def keep_allowed(logits_sv: Tensor, rows_m: Tensor, bits_mw: Tensor) -> None:
     """Set the logits of `rows_m` to minus infinity where the mask's bit is 0 (`core.batch.MaskPlan`). Any device."""
     n_vocab = logits_sv.shape[1]
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits_mw.device)
-    bytes_mb = bits_mw.view(torch.uint8)[:, : -(-n_vocab // 8)]
-    forbidden_mv = ((bytes_mb[:, :, None] >> shifts) & 1).flatten(1)[:, :n_vocab] == 0
+    bytes_n = bits_mw.view(torch.uint8).flatten().int()
+    forbidden_mv = _zero_bits(bits_mw.device).index_select(0, bytes_n).view(torch.bool).view(len(bits_mw), -1)
+    forbidden_mv = forbidden_mv[:, :n_vocab]
     if len(rows_m) == len(logits_sv):
         logits_sv.masked_fill_(forbidden_mv, float("-inf"))
     else:
         logits_sv[rows_m] = logits_sv[rows_m].masked_fill(forbidden_mv, float("-inf"))
+
+
+@cache
+def _zero_bits(device: torch.device) -> Tensor:
+    """Entry b: which of the eight bits of byte b are 0, lowest first, as eight bools in one number."""
+    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 0).view(torch.int64)[:, 0].to(device)
 
 
 def _sorted_threshold(scores_sv: Tensor, top_k_s: Tensor, top_p_s: Tensor) -> Tensor:
