@@ -135,6 +135,21 @@ def test_the_order_of_steps_changes_no_token(engine: Engine, folder: Path, mixed
     assert tokens_of(again) == tokens_of(mixed)
 
 
+def test_guided_requests_alone_leave_out_no_iteration(engine: Engine) -> None:
+    """Two groups that began one after the other sample together from then on."""
+    params = SamplingParams(structured=StructuredOutput(regex="[a-z]{30}"), seed=1, max_tokens=40)
+    first, second = (engine.submission.sequences(prompt_of(6, i), params)[0] for i in range(2))
+    steps, in_flight = 0, None
+    engine.core.add(first)
+    while engine.core.has_work or in_flight is not None:
+        in_flight = engine.core.step(in_flight)
+        steps += 1
+        if steps == 4:
+            engine.core.add(second)
+    assert len(first.output_ids) == len(second.output_ids) == 30
+    assert steps < 4 + 30 + 4, "a token each in nearly every step"
+
+
 def test_company_changes_no_token(engine: Engine, mixed: list[Sequence]) -> None:
     some = [*FREE, *[params for params, _ in GUIDED]][:20]
     assert tokens_of(drive(engine, some, together=False)) == tokens_of(mixed[:20])

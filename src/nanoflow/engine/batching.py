@@ -40,6 +40,12 @@ class ScheduledBatch:
     sample_slots: Int32Array
     scored: tuple[tuple[Sequence, int], ...] = ()  # (sequence, number of rows) in order of the prompt log-probabilities
 
+    @property
+    def mostly_guided(self) -> bool:
+        """Whether for half of the requests or more the next token depends on this batch's."""
+        masks = self.plan.sampling.masks
+        return masks is not None and 2 * len(masks.rows) >= len(self.sample_slots)
+
 
 def build_batch(
     table: RequestTable, decode: np.ndarray, chunks: list[Chunk], page_tokens: int, resets: list[PenaltyReset]

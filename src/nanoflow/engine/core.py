@@ -1,7 +1,8 @@
 """The engine's heart: schedule a batch, launch it, retire the batch before.
 
 The batch in flight is a value that `step` takes and returns. The asynchronous order launches iteration i+1 before it
-reads iteration i, so the device never waits for the host; the synchronous one, kept as an ablation, reads first.
+reads iteration i, so the device never waits for the host; the synchronous one, kept as an ablation, reads first, and so
+does the other where most requests could not take part in iteration i+1 before.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class EngineCore:
     def step(self, in_flight: InFlightBatch | None) -> InFlightBatch | None:
         """One iteration: returns the batch now in flight. An error of the device passes through."""
         self._take_commands()
-        if not self._asynchronous and in_flight is not None:
+        if in_flight is not None and (not self._asynchronous or in_flight.scheduled.mostly_guided):
             self._retire(in_flight)
             in_flight = None
         scheduled = self.scheduler.schedule()
