@@ -76,7 +76,8 @@ def masks(llm: LLM, repetitions: int) -> None:
 
 
 def on_logits(vocab_size: int, repetitions: int) -> None:
-    """Time to put masks on rows of logits."""
+    """Time to put masks on rows of logits, with one thread."""
+    torch.set_num_threads(1)
     for n in (1, 16, 128):
         logits = torch.randn(n, vocab_size)
         bits = torch.randint(-(2**31), 2**31 - 1, (n, -(-vocab_size // 32)), dtype=torch.int32)
@@ -118,8 +119,8 @@ def main() -> None:
     repetitions = 2 if parser.parse_args().quick else 5
     llm = LLM("smollm2", kv_memory_bytes=1 << 27, show_progress=False)
     masks(llm, repetitions)
-    on_logits(llm.spec.vocab_size, repetitions)
     decode_steps(llm, 16, 64, repetitions)
+    on_logits(llm.spec.vocab_size, repetitions)
 
 
 if __name__ == "__main__":
