@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nanoflow.analysis.work import WorkCounter, iteration_work
 from nanoflow.core.presets import PRESETS
 from nanoflow.engine.core import EngineCore
+from nanoflow.engine.loading import MOST_FETCHES
 from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
 from nanoflow.engine.sequence import Sequence
 from nanoflow.kvcache.dram import open_dram
@@ -20,6 +21,7 @@ from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.pages import PagePool
 from nanoflow.kvcache.policy import RecomputeCost, ReloadPolicy
 from nanoflow.kvcache.ssd import open_ssd
+from nanoflow.kvcache.transfers import Fetch
 from tests.engine.hash_model import EOS, HashModel, HashMover, expected_output, make_sequence
 
 VOCAB = 23
@@ -148,6 +150,35 @@ def test_pages_that_went_down_while_their_request_waited_come_back(tmp_path: Pat
     again.sought = True  # as if its pages had been in DRAM when it was queued
     assert bench.run([again]) == 1
     assert bench.hits == {"ssd": 40}
+    bench.close()
+
+
+def test_pages_that_others_push_out_each_time_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(dram=12, ssd=200, folder=tmp_path)
+    for number in range(5):
+        bench.run([request(number)])
+        bench.write_all()
+    again, residency = request(0), bench.scheduler.residency
+    assert residency.loader is not None
+    lower, n_fetches = residency.loader.lower, 0
+    keys = residency.names.keys(again, 10)
+    poll, fetched = lower.poll, lower._fetched
+
+    def count(fetch: Fetch) -> bool:
+        nonlocal n_fetches
+        ended = fetched(fetch)
+        n_fetches += ended
+        return ended
+
+    def poll_and_lose() -> None:
+        poll()
+        lower.dram.evict([key for key in keys if not lower.on_its_way(key)])
+
+    monkeypatch.setattr(lower, "_fetched", count)
+    monkeypatch.setattr(lower, "poll", poll_and_lose)
+    assert bench.run([again]) == 41
+    check(again)
+    assert n_fetches == MOST_FETCHES
     bench.close()
 
 

@@ -17,6 +17,13 @@ from nanoflow.kvcache.lower import LowerTiers
 from nanoflow.kvcache.pages import PagePool
 from nanoflow.kvcache.transfers import Reload
 
+MOST_FETCHES = 3
+"""Times that pages of a waiting request are brought from the SSD.
+
+Where DRAM is so small that others push them out before it is admitted, waiting requests could do this to each other for
+ever. What is missing after that is computed.
+"""
+
 
 @dataclass(frozen=True)
 class _Loading:
@@ -81,10 +88,12 @@ class PageLoader:
 
     def _seek(self, sequence: Sequence) -> None:
         sequence.sought = True
+        if sequence.fetches == MOST_FETCHES:
+            return
         most = self._names.reusable_pages(sequence)
         keys = self._names.keys(sequence, most)
         on_device = len(self._pool.lookup(keys))
-        self.lower.fetch(keys[on_device:most], on_device)
+        sequence.fetches += self.lower.fetch(keys[on_device:most], on_device)
 
     def _loaded(self, loading: _Loading) -> bool:
         """Take over pages that have come, unless their sequence has gone; what did not come is computed."""

@@ -217,7 +217,7 @@ class Residency:
             if stop % self.page_tokens and self._mover is not None:
                 names = [*keys, self.names.tail(sequence, full * self.page_tokens, stop)]
             pages[: len(names)] = self.pool.adopt(names, pages[: len(names)])
-            sequence.sought = False
+            sequence.sought, sequence.fetches = False, 0
             if self.loader is not None and full:
                 self.loader.lower.offload(keys, pages[:full])
         self.pool.release(pages)

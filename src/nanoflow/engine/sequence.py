@@ -93,6 +93,7 @@ class Sequence:
         self.page_keys: list[bytes] = []  # names of the full pages of the known tokens, as far as they were needed
         self.history: RunningHash | None = None  # of the tokens of these pages
         self.sought = False  # whether lower tiers were asked for its pages since it began to wait
+        self.fetches = 0  # how often these were begun to be brought up from the SSD since then
         self.cached_tokens: int | None = None  # prompt tokens found in the cache on first admission
         self.on_end: Callable[[Sequence], None] | None = None  # told once, when nothing will be added any more
         if request.params.prompt_logprobs is not None:

@@ -114,21 +114,22 @@ class LowerTiers:
         self._reloads.append(reload)
         return reload
 
-    def fetch(self, keys: list[bytes], first_page: int) -> None:
-        """Start to bring what follows the device's pages from the SSD to DRAM, where that pays."""
+    def fetch(self, keys: list[bytes], first_page: int) -> bool:
+        """Start to bring what follows the device's pages from the SSD to DRAM, where that pays; whether it did."""
         if self.ssd is None or not keys:
-            return
+            return False
         in_dram = self.dram.contains(keys)
         count = _leading(in_dram | self.ssd.contains(keys))
         wanted = [keys[i] for i in np.flatnonzero(~in_dram[:count]).tolist() if keys[i] not in self._arriving]
         if not wanted or not self._policy.pays(first_page, count, self._read_bandwidth(), self._reload_bandwidth()):
-            return
+            return False
         slots = self._reserve(keys, wanted)
         if len(slots):
             wanted = wanted[: len(slots)]
             rows = PoolRows(self.dram.pool, slots)
             self._fetching.update(wanted)
             self._fetches.append(Fetch(keys, wanted, self.ssd.get_many(wanted, rows), time.monotonic()))
+        return bool(len(slots))
 
     def on_its_way(self, key: bytes) -> bool:
         """Whether a page is coming to DRAM or to the device right now."""
