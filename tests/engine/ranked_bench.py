@@ -19,7 +19,7 @@ from nanoflow.core.errors import RankFailedError
 from nanoflow.core.hardware import MachineRates
 from nanoflow.core.presets import PRESETS
 from nanoflow.engine.caching import tiers_below
-from nanoflow.engine.core import EngineCore
+from nanoflow.engine.core import EngineCore, InFlightBatch
 from nanoflow.engine.rank_link import GroupLink
 from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
 from nanoflow.engine.sequence import Sequence
@@ -114,12 +114,12 @@ class Bench:
         self.scheduler = Scheduler(limits, mover=mover, lower=lower)
         self.core = EngineCore(self.scheduler, self.group, WorkCounter(work), asynchronous=asynchronous)
 
-    def run(self, *sequences: Sequence) -> int:
-        """Run to the end; returns the prompt tokens computed."""
+    def run(self, *sequences: Sequence, in_flight: InFlightBatch | None = None) -> int:
+        """Run to the end, from the batch `in_flight` on; returns the prompt tokens computed."""
         before = self.scheduler.prompt_tokens
         for sequence in sequences:
             self.core.add(sequence)
-        in_flight, deadline = None, time.monotonic() + 20
+        deadline = time.monotonic() + 20
         while self.core.has_work or in_flight is not None:
             in_flight = self.core.step(in_flight)
             assert time.monotonic() < deadline, "requests starve"

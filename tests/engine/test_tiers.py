@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanoflow.analysis.work import WorkCounter, iteration_work
 from nanoflow.core.presets import PRESETS
-from nanoflow.engine.core import EngineCore
+from nanoflow.engine.core import EngineCore, InFlightBatch
 from nanoflow.engine.loading import MOST_FETCHES
 from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
 from nanoflow.engine.sequence import Sequence
@@ -60,12 +60,12 @@ class Bench:
         work = WorkCounter(iteration_work(PRESETS["smollm2"], "float32"))
         self.core = EngineCore(self.scheduler, self.model, work, asynchronous=asynchronous)
 
-    def run(self, sequences: list[Sequence]) -> int:
-        """Run to the end; returns the prompt tokens computed."""
+    def run(self, sequences: list[Sequence], in_flight: InFlightBatch | None = None) -> int:
+        """Run to the end, from the batch `in_flight` on; returns the prompt tokens computed."""
         before = self.scheduler.prompt_tokens
         for sequence in sequences:
             self.core.add(sequence)
-        in_flight, steps = None, 0
+        steps = 0
         while self.core.has_work or in_flight is not None:
             in_flight = self.core.step(in_flight)
             steps += 1
@@ -335,8 +335,6 @@ def test_no_tier_changes_a_text(
         victims = [sequence for number, sequence in enumerate(sequences) if number in aborted]
         for sequence in victims:
             bench.core.abort(sequence)
-        while bench.core.has_work or in_flight is not None:
-            in_flight = bench.core.step(in_flight)
-        bench.run([])
+        bench.run([], in_flight)
         check(*(sequence for sequence in sequences if sequence.finish_reason != "abort"))
     bench.close()
