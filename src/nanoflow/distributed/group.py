@@ -17,16 +17,17 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as _c10d
 
-from nanoflow.core.errors import ConfigError
+from nanoflow.core.errors import ConfigError, RankFailedError
 from nanoflow.core.log import get_logger
 
 _log = get_logger(__name__)
+T = TypeVar("T")
 
 c10d: Any = _c10d
 """Much of it carries no annotations."""
@@ -41,6 +42,9 @@ START_TIMEOUT = timedelta(minutes=30)
 
 LANE_TIMEOUT = timedelta(seconds=120)
 """For a collective of an iteration: all ranks are at most one iteration apart."""
+
+AGREE_TIMEOUT = timedelta(seconds=30)
+"""For other ranks to end what has failed on this one."""
 
 left_behind: list[Any] = []
 """Groups of GPUs that this process has left."""
@@ -104,13 +108,39 @@ class Groups:
         """The smallest `value` of all ranks; every rank must ask."""
         return -self.largest([-value])[0]
 
-    def largest(self, values: Sequence[int]) -> list[int]:
-        """The largest of all ranks, for each place of `values`; every rank must ask, with as many."""
+    def largest(self, values: Sequence[int], within: timedelta | None = None) -> list[int]:
+        """The largest of all ranks, for each place of `values`; every rank must ask, with as many.
+
+        Raises `RuntimeError` if another has not asked `within` this time, or the timeout of all control messages.
+        """
         tensor = torch.tensor(values, dtype=torch.int64)
         options = c10d.AllreduceOptions()
         options.reduceOp = c10d.ReduceOp.MAX
+        if within is not None:
+            options.timeout = within
         self.control.handle.allreduce([tensor], options).wait()
         return [int(value) for value in tensor.tolist()]
+
+    def all_or_none(self, work: Callable[[], T]) -> T:
+        """`work()`, which every rank does too. Raises `ConfigError` on every rank if it is a `RuntimeError` on any.
+
+        Raises `RankFailedError` if another rank waits inside its work for this one, whose work has failed.
+        """
+        try:
+            made = work()
+        except RuntimeError as error:
+            self._tell_failure(error)
+            raise ConfigError(str(error).splitlines()[0]) from error
+        if not self.smallest(1):
+            raise ConfigError("it failed on another rank, whose log says why")
+        return made
+
+    def _tell_failure(self, cause: RuntimeError) -> None:
+        try:
+            self.largest([0], AGREE_TIMEOUT)
+        except RuntimeError as error:
+            _log.debug("the others do not answer: %s", error)
+            raise RankFailedError(f"what other ranks could do failed on rank {self.rank}: {cause}") from cause
 
     def abort(self) -> None:
         """Leave all groups; collectives of GPUs that hang, because another rank has gone, are given up. Idempotent.
@@ -128,7 +158,7 @@ class Groups:
         leaving.start()
         leaving.join(LEAVE_S)
         if leaving.is_alive():
-            _log.warning("NCCL has not let go of its groups after %.0f s; they are left behind", LEAVE_S)
+            _log.info("NCCL has not let go of its groups after %.0f s; they are left behind", LEAVE_S)
 
 
 def open_groups(meeting_place: Path, rank: int, size: int, device: torch.device, lanes: Iterable[int]) -> Groups:

@@ -13,10 +13,10 @@ out on purpose: NVLink multicast stays off.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,24 +56,31 @@ class SymmetricMemory:
     """
 
     _n_meetings = 0  # of this process, whatever the engine
+    _alone: Any = None  # a group of nobody else: torch finds it by name, but does not keep it
 
     def __init__(self, device: torch.device, groups: Groups) -> None:
+        behind = groups.largest([self._n_meetings])[0] - self._n_meetings
         self._device = device
-        self._module = _symm_mem()
         self._shared: list[Tensor] = []
-        for _ in range(groups.largest([self._n_meetings])[0] - self._n_meetings):
-            self._meet(self._allocate((_VECTOR_BYTES,), torch.uint8), self._alone())
+        groups.all_or_none(lambda: self._catch_up(behind))
 
-    def _alone(self) -> str:
-        """The name of a group of nobody else."""
+    def _catch_up(self, n_meetings: int) -> None:
+        self._module = _symm_mem()
+        for _ in range(n_meetings):
+            self._meet(self._allocate((_VECTOR_BYTES,), torch.uint8), self._group_of_one())
+
+    @classmethod
+    def _group_of_one(cls) -> str:
+        """Its name. All of torch's names are forgotten when an engine leaves its groups."""
         bindings = importlib.import_module("torch._C._distributed_c10d")
+        if cls._alone is None:
+            store = bindings.HashStore()
+            cls._alone = bindings.ProcessGroup(store, 0, 1)
+            _symm_mem()._SymmetricMemory.set_group_info(_ALONE, 0, 1, store)
         try:
             bindings._resolve_process_group(_ALONE)
         except RuntimeError:
-            store = bindings.HashStore()
-            bindings._register_process_group(_ALONE, bindings.ProcessGroup(store, 0, 1))
-            with contextlib.suppress(RuntimeError):  # known to this process from an earlier engine
-                self._module._SymmetricMemory.set_group_info(_ALONE, 0, 1, store)
+            bindings._register_process_group(_ALONE, cls._alone)
         return _ALONE
 
     def _meet(self, buffer: Tensor, group: Any) -> None:
@@ -248,11 +255,11 @@ def open_symmetric(
     """The library's collectives and those of `names` on every lane; buffers come from symmetric memory.
 
     `default` is what an operation takes that names none, `one_shot_bytes` and `blocks` are those of `ReduceNorm`.
-    Raises `ConfigError` if the GPUs do not reach each other's memory.
+    Every rank must take part. Raises `ConfigError` on all if the GPUs do not reach each other's memory.
     """
     by_lane: dict[int, Mapping[str, Collectives]] = {}
-    try:
-        memory = SymmetricMemory(device, groups)
+
+    def open_lanes(memory: SymmetricMemory) -> None:
         for lane, group in sorted(groups.lanes.items()):
             scratch = memory.empty((scratch_bytes,), torch.uint8, [group])
             own: dict[str, Collectives] = {LIBRARY: LibraryCollectives(group)}
@@ -262,10 +269,13 @@ def open_symmetric(
                 own |= {name: FUSED[name](group, memory, scratch, meeting) for name in fused}
             by_lane[lane] = {default: own[default], **own}
         torch.cuda.synchronize(device)
-        groups.smallest(0)  # nobody's flags are raised before all have lowered theirs
-    except RuntimeError as error:
+
+    try:
+        memory = SymmetricMemory(device, groups)
+        groups.all_or_none(partial(open_lanes, memory))  # nobody's flags are raised before all have lowered theirs
+    except ConfigError as error:
         raise ConfigError(
-            f"symmetric memory cannot be had on these GPUs ({str(error).splitlines()[0]}); use a pipeline without "
+            f"symmetric memory cannot be had on these GPUs ({error}); use a pipeline without "
             f"the variants {', '.join(sorted(names))}."
         ) from error
 
