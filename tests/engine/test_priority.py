@@ -19,9 +19,9 @@ from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
 from nanoflow.engine.sequence import Sequence
 from nanoflow.engine.waiting import WaitingQueue
 from tests.engine.hash_model import EOS, HashModel, expected_output, make_sequence
+from tests.engine.strategies import ANSWERS, PROMPTS, SHAPES, VOCAB, limits_for
 from tests.engine.test_tiers import Bench
 
-VOCAB = 23
 LIMITS = SchedulerLimits(dense_batch=32, max_running=8, max_model_len=120, page_tokens=4, n_pages=60, eos_ids=(EOS,))
 
 
@@ -95,50 +95,27 @@ def batch_of(engine: Engine, count: int, length: int = 12, n_out: int = 60) -> l
 
 
 priorities = st.sampled_from([0, 0, 0, -3, 7, BACKGROUND, BACKGROUND, BACKGROUND + 5, BACKGROUND - MAX_PRIORITY])
-requests_strategy = st.lists(
-    st.tuples(
-        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=40),
-        st.integers(1, 30),
-        st.booleans(),
-        priorities,
-        st.integers(0, 40),
-    ),
-    min_size=2,
-    max_size=20,
-)
+arrivals = st.integers(0, 40)
+requests_strategy = st.lists(st.tuples(PROMPTS, ANSWERS, st.booleans(), priorities, arrivals), min_size=2, max_size=20)
 
 
 @settings(max_examples=120, deadline=None)
 @given(
     requests=requests_strategy,
-    dense_batch=st.integers(1, 40),
-    max_running=st.integers(1, 16),
-    spare_pages=st.integers(0, 12),
-    page_tokens=st.sampled_from([1, 4, 16]),
+    shape=SHAPES,
     background_tokens=st.sampled_from([None, 0, 1, 5]),
     guess=st.sampled_from([0.0, 1.0]),
     asynchronous=st.booleans(),
 )
 def test_every_request_gets_exactly_its_text(
     requests: list[tuple[list[int], int, bool, int, int]],
-    dense_batch: int,
-    max_running: int,
-    spare_pages: int,
-    page_tokens: int,
+    shape: dict[str, int],
     background_tokens: int | None,
     guess: float,
     asynchronous: bool,
 ) -> None:
     longest = max(len(prompt) + n_out for prompt, n_out, *_ in requests)
-    limits = SchedulerLimits(
-        dense_batch=dense_batch,
-        max_running=min(max_running, dense_batch),
-        max_model_len=longest,
-        page_tokens=page_tokens,
-        n_pages=-(-longest // page_tokens) + spare_pages,
-        eos_ids=(EOS,),
-        background_tokens=background_tokens,
-    )
+    limits = limits_for(shape, longest, background_tokens=background_tokens)
     engine = Engine(limits, asynchronous=asynchronous, guess=guess)
     sequences = [
         make_sequence(str(number), prompt, n_out, ignore_eos=ignore, priority=priority)

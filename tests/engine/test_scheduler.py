@@ -12,8 +12,7 @@ from nanoflow.engine.core import EngineCore
 from nanoflow.engine.scheduler import Scheduler, SchedulerLimits
 from nanoflow.engine.sequence import Sequence
 from tests.engine.hash_model import EOS, HashModel, expected_output, make_sequence
-
-VOCAB = 23
+from tests.engine.strategies import ANSWERS, PROMPTS, SHAPES, VOCAB, limits_for
 
 
 def make_core(limits: SchedulerLimits, *, asynchronous: bool) -> tuple[EngineCore, HashModel]:
@@ -39,44 +38,16 @@ def check_empty(core: EngineCore) -> None:
     assert not scheduler.waiting
 
 
-requests_strategy = st.lists(
-    st.tuples(
-        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=40),
-        st.integers(1, 30),
-        st.booleans(),
-    ),
-    min_size=1,
-    max_size=24,
-)
+requests_strategy = st.lists(st.tuples(PROMPTS, ANSWERS, st.booleans()), min_size=1, max_size=24)
 
 
 @settings(max_examples=120, deadline=None)
-@given(
-    requests=requests_strategy,
-    dense_batch=st.integers(1, 40),
-    max_running=st.integers(1, 16),
-    spare_pages=st.integers(0, 12),
-    page_tokens=st.sampled_from([1, 4, 16]),
-    asynchronous=st.booleans(),
-)
+@given(requests=requests_strategy, shape=SHAPES, asynchronous=st.booleans())
 def test_every_request_gets_exactly_its_text(
-    requests: list[tuple[list[int], int, bool]],
-    dense_batch: int,
-    max_running: int,
-    spare_pages: int,
-    page_tokens: int,
-    asynchronous: bool,
+    requests: list[tuple[list[int], int, bool]], shape: dict[str, int], asynchronous: bool
 ) -> None:
     longest = max(len(prompt) + n_out for prompt, n_out, _ in requests)
-    limits = SchedulerLimits(
-        dense_batch=dense_batch,
-        max_running=min(max_running, dense_batch),
-        max_model_len=longest,
-        page_tokens=page_tokens,
-        n_pages=-(-longest // page_tokens) + spare_pages,
-        eos_ids=(EOS,),
-    )
-    core, _ = make_core(limits, asynchronous=asynchronous)
+    core, _ = make_core(limits_for(shape, longest), asynchronous=asynchronous)
     sequences = [
         make_sequence(str(number), prompt, n_out, ignore_eos=ignore)
         for number, (prompt, n_out, ignore) in enumerate(requests)
