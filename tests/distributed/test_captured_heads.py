@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,9 @@ def masked(plan: SamplingPlan, rows: list[int], vocab_size: int) -> SamplingPlan
     return replace(plan, masks=MaskPlan(np.array(rows, dtype=np.int32), bits))
 
 
-def test_rows_without_masks_are_replayed_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def executors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Executor]]:
+    """Two ranks of a tiny model, whose layers have left the same rows on both."""
     monkeypatch.setattr(captured, "LIMITED_ROWS", ROWS_A_REPLAY)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     save_tiny_model("qwen2", tmp_path / "model")
@@ -97,15 +99,19 @@ def test_rows_without_masks_are_replayed_as_ever(tmp_path: Path, monkeypatch: py
         x_td = torch.randn(DENSE_BATCH, engine.spec.d_model, generator=torch.Generator().manual_seed(1))
         for executor in launcher.executors:
             executor._activations.x_td.copy_(x_td)
-        free = plan_of([0] * N_ROWS)
-        plan = masked(free, [1, 4, 5, 10], engine.spec.vocab_size)
-        unmasked, _ = on_each(2, lambda rank: launcher.executors[rank].head.sample(free))[0]
-        wanted, _ = on_each(2, lambda rank: launcher.executors[rank].head.sample(plan))[0]
-        heads = [head_alone(executor) for executor in launcher.executors]
-        split = split_masked(plan)
-        assert split is not None
-        chosen = on_each(2, lambda rank: heads[rank]._choose(*split, None))
+        yield launcher.executors
     engine.close()
+
+
+def test_rows_without_masks_are_replayed_as_ever(executors: list[Executor]) -> None:
+    free = plan_of([0] * N_ROWS)
+    plan = masked(free, [1, 4, 5, 10], executors[0].decoder.spec.vocab_size)
+    unmasked, _ = on_each(2, lambda rank: executors[rank].head.sample(free))[0]
+    wanted, _ = on_each(2, lambda rank: executors[rank].head.sample(plan))[0]
+    heads = [head_alone(executor) for executor in executors]
+    split = split_masked(plan)
+    assert split is not None
+    chosen = on_each(2, lambda rank: heads[rank]._choose(*split, None))
     assert [one.tolist() for one in chosen] == [wanted.tolist()] * 2
     rows = np.array([1, 4, 5, 10])
     assert ((wanted.numpy()[rows] >= 64) & (wanted.numpy()[rows] < 96)).all()
@@ -115,22 +121,12 @@ def test_rows_without_masks_are_replayed_as_ever(tmp_path: Path, monkeypatch: py
     assert split_masked(free) is None and split_masked(masked(free, list(range(N_ROWS)), 320)) is None
 
 
-def test_limited_rows_take_replays_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "LIMITED_ROWS", ROWS_A_REPLAY)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    save_tiny_model("qwen2", tmp_path / "model")
-    engine = make_tiny_engine(tmp_path / "model", BACKENDS[0], dense_batch=DENSE_BATCH)
-    config = engine.config.with_options("device", tensor_parallel_size=2, threads=2)
+def test_limited_rows_take_replays_of_their_own(executors: list[Executor]) -> None:
     top_k = [0, 0, 0, 0, 3, 0, 0, 1, 0, 2, 0]
-    with sharded(config, PIPELINES["sequential"](layer_graph(engine.spec, 2)), tmp_path) as launcher:
-        x_td = torch.randn(DENSE_BATCH, engine.spec.d_model, generator=torch.Generator().manual_seed(1))
-        for executor in launcher.executors:
-            executor._activations.x_td.copy_(x_td)
-        plan = plan_of(top_k)
-        wanted, _ = on_each(2, lambda rank: launcher.executors[rank].head.sample(plan))[0]
-        heads = [head_alone(executor) for executor in launcher.executors]
-        chosen = on_each(2, lambda rank: heads[rank]._replay_heads(plan, None))
-    engine.close()
+    plan = plan_of(top_k)
+    wanted, _ = on_each(2, lambda rank: executors[rank].head.sample(plan))[0]
+    heads = [head_alone(executor) for executor in executors]
+    chosen = on_each(2, lambda rank: heads[rank]._replay_heads(plan, None))
     assert [one.tolist() for one in chosen] == [wanted.tolist()] * 2
     first, second, third = heads[0].device.sizes  # type: ignore[attr-defined]
     assert first == (8, True), "rows that keep every token need no gathering"
