@@ -31,10 +31,11 @@ class WeightSource(Protocol):
         ...
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor:
-        """Rows (first dimension) and columns (second) of a tensor, as a fresh contiguous CPU tensor the caller owns.
+        """Rows (first dimension) and columns (second) of a tensor, as a fresh contiguous tensor the caller owns.
 
-        The dtype is the stored one (float32, float16 or bfloat16); quantised tensors come as float32. Slices have
-        step 1. Raises `ModelLoadError` for an unknown name or a file that ends too early.
+        It is on the CPU; random weights come on the device that makes them. The dtype is the stored one (float32,
+        float16 or bfloat16); quantised tensors come as float32. Slices have step 1. Raises `ModelLoadError` for an
+        unknown name or a file that ends too early.
         """
         ...
 

@@ -18,8 +18,9 @@ from nanoflow.core.model_spec import ModelSpec
 from nanoflow.models.weights.base import Shape, tensor_shapes
 
 STD = 0.02
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements at once: on a CPU what its caches hold, elsewhere what keeps the device busy."""
+_CHUNK_ELEMENTS = 1 << 18
+_GPU_CHUNK_ELEMENTS = 1 << 24
+"""Elements at once: on a GPU what keeps it busy, elsewhere what the caches of a CPU hold."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -74,7 +75,8 @@ class RandomWeights:
     def _fill(self, out: Tensor, key: int, rows: range, cols: range, width: int) -> None:
         if not out.numel():
             return
-        chunk_rows = max(1, _CHUNK_ELEMENTS.get(self._device.type, 1 << 18) // len(cols))
+        chunk_elements = _GPU_CHUNK_ELEMENTS if self._device.type == "cuda" else _CHUNK_ELEMENTS
+        chunk_rows = max(1, chunk_elements // len(cols))
         col = torch.arange(cols.start, cols.stop, device=self._device)
         hashes, scratch = torch.empty(2, min(chunk_rows, len(rows)), len(cols), dtype=torch.int64, device=self._device)
         for first in range(0, len(rows), chunk_rows):
