@@ -26,7 +26,8 @@ SYMMETRIC = ("one_shot", "two_shot", "copy_engine", *NORMING)
 GPU_DEFAULT = "two_shot"
 """What a network operation that names no implementation takes between GPUs that reach each other's memory.
 
-Its all-reduce was faster than NCCL's at every size that was measured on two H200; what it does not do better is the library's.
+Its all-reduce was faster than NCCL's at every size that was measured on two H200; what it does not do better is the
+library's.
 """
 
 _log = get_logger(__name__)
