@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from itertools import product
 
+import llguidance
 import numpy as np
 import pytest
 import tokenizers
@@ -203,6 +205,27 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError, match=r"install it with `pip install 'nanoflow-serve\[structured\]'`"):
         Grammars(ByteTokenizer(300), 300, (1,)).compile(StructuredOutput(regex="a"))
+
+
+@pytest.mark.parametrize("version", ["1.8.3", "0.7.30", "1"])
+def test_an_older_library_is_named(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llguidance, "__version__", version)
+    wanted = rf"needs llguidance 1\.9 or newer, and here is {re.escape(version)}; install it with `pip install"
+    with pytest.raises(ConfigError, match=wanted):
+        Grammars(ByteTokenizer(300), 300, (1,)).compile(StructuredOutput(regex="a"))
+
+
+def test_a_library_too_old_to_tell_its_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(llguidance, "__version__")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.1.2" if name == "llguidance" else "9")
+    with pytest.raises(ConfigError, match=r"or newer, and here is 1\.1\.2; install it"):
+        Grammars(ByteTokenizer(300), 300, (1,)).compile(StructuredOutput(regex="a"))
+
+
+@pytest.mark.parametrize("version", ["1.9", "1.10.0rc1", "2.0.0"])
+def test_newer_libraries_are_welcome(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llguidance, "__version__", version)
+    assert ord("a") in allowed(Grammars(ByteTokenizer(300), 300, (1,)).compile(StructuredOutput(regex="a")).start())
 
 
 def test_choices_may_hold_any_character() -> None:

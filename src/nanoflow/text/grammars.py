@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from typing import Any, TypeVar
 
 import numpy as np
@@ -52,6 +53,11 @@ _STACK_BYTES = 256 << 20
 (measured: 2 to 3 KiB a rule; memory is taken only as far as it is used)."""
 
 _WORD_BITS = 32
+
+_LEAST_VERSION = (1, 9)
+"""Earlier ones take other arguments."""
+
+_INSTALL = "install it with `pip install 'nanoflow-serve[structured]'`"
 
 
 class Guide:
@@ -141,7 +147,8 @@ class Grammars:
     def compile(self, wanted: StructuredOutput) -> Grammar:
         """The grammar of `wanted`; a new one takes milliseconds, a very large one up to a second.
 
-        Raises `InvalidRequestError` that says what is wrong with it, or `ConfigError` where llguidance is missing.
+        Raises `InvalidRequestError` that says what is wrong with it, or `ConfigError` where llguidance is missing or
+        too old.
         """
         with self._lock:
             known = self._kept.get(wanted)
@@ -321,10 +328,13 @@ def _threads() -> Any:
 
 
 def _library() -> Any:
+    """llguidance. Raises `ConfigError` where it is missing or too old."""
     try:
         import llguidance
     except ImportError:
-        raise ConfigError(
-            "structured output needs llguidance; install it with `pip install 'nanoflow-serve[structured]'`."
-        ) from None
+        raise ConfigError(f"structured output needs llguidance; {_INSTALL}.") from None
+    found = getattr(llguidance, "__version__", None) or metadata.version("llguidance")  # not all of them tell
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < _LEAST_VERSION:
+        least = ".".join(map(str, _LEAST_VERSION))
+        raise ConfigError(f"structured output needs llguidance {least} or newer, and here is {found}; {_INSTALL}.")
     return llguidance
