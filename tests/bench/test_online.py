@@ -11,12 +11,13 @@ from nanoflow.bench.arrivals import Arrivals
 from nanoflow.bench.endpoint import Endpoint
 from nanoflow.bench.load import OK, UNFINISHED, Heard, RequestError, prepare_all, run_load
 from nanoflow.bench.offline import OfflineOptions
-from nanoflow.bench.online import OnlineOptions, Sweep, highest_sustained, run_numbers
+from nanoflow.bench.online import LEAST_REQUESTS, OnlineOptions, Sweep, run_numbers
 from nanoflow.bench.online_runs import offline_endpoint, online_endpoint, online_in_process
 from nanoflow.bench.overhead import stub_endpoint
-from nanoflow.bench.result import BenchKind, ModelInfo, parse_result
-from nanoflow.bench.show import lines_of
+from nanoflow.bench.result import BenchKind, ModelInfo, Series, parse_result
+from nanoflow.bench.show import lines_of, rate_lines
 from nanoflow.bench.stub import Schedule, StubServer, StubTarget
+from nanoflow.bench.sustained import highest_sustained, judged
 from nanoflow.bench.workloads import make_requests
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
@@ -30,7 +31,7 @@ def test_a_stub_of_known_latency_is_reported_within_five_percent() -> None:
     async def measure() -> Sweep:
         async with stub_endpoint(SLOW) as endpoint:
             sweep = Sweep(endpoint, OPTIONS, 1000)
-            assert await sweep.run() == 10.0
+            assert await sweep.run() == {"highest_sustained_rate_rps": 10.0}
             return sweep
 
     (series,) = asyncio.run(measure()).series
@@ -74,6 +75,7 @@ def test_a_whole_result_against_an_endpoint(capsys: pytest.CaptureFixture[str]) 
         and "normalised" in text
         and "client: adds median" in text
         and "highest_sustained_rate_rps: 60" in text
+        and "sustained within 200 ms a token (mean normalised latency): at most 60 requests/s" in text
     )
 
 
@@ -82,7 +84,7 @@ def test_what_is_late_is_ended_and_counts_against_the_rate() -> None:
     target = StubTarget(Schedule(0.01, 0.05))
     record = asyncio.run(run_load(target, requests, prepare_all(target, requests, 10, 0), drain_s=0.1))
     assert {one.status for one in record.sent} == {UNFINISHED}
-    numbers = run_numbers(record, 0.2)
+    numbers = run_numbers(record, [0.2])
     assert numbers["failed_requests"] == 4 and numbers["sustained"] == 0 and numbers["goodput_rps"] == 0
 
 
@@ -108,7 +110,7 @@ def test_failures_are_counted_with_their_reason() -> None:
     assert statuses.count(OK) == 2
     assert statuses.count("HTTP 429: the queue is full") == 4
     assert statuses.count("1 of 5 tokens are missing") == 2
-    numbers = run_numbers(record, 0.2)
+    numbers = run_numbers(record, [0.2])
     assert (numbers["failed_requests"], numbers["within_limit_percent"], numbers["sustained"]) == (6, 25.0, 0.0)
 
 
@@ -123,6 +125,35 @@ def test_bisection_finds_the_capacity(capacity: float) -> None:
     best = max(rate for rate, good in known.items() if good)
     assert best <= capacity <= best * 1.051
     assert len(known) < 20
+
+
+class Known(Sweep):
+    """An engine that takes 1 ms a token for each request a second."""
+
+    async def measure(self, rate_rps: float) -> dict[str, float]:
+        taken_s = [rate_rps / 1000] * LEAST_REQUESTS
+        numbers = {"tokens_per_s": 1.0, "offered_rps": rate_rps, "normalised_latency_mean_s": taken_s[0]}
+        numbers |= judged(taken_s, taken_s, LEAST_REQUESTS, rate_rps, OPTIONS_OF_TWO.limits_s)
+        self.series.append(Series(f"{rate_rps:g} requests/s", numbers=numbers, rate_rps=rate_rps))
+        return numbers
+
+
+OPTIONS_OF_TWO = replace(OPTIONS, limits_s=(0.2, 0.1), warmup=0, find=True, resolution=0.05)
+
+
+def test_each_of_several_limits_has_its_highest_rate() -> None:
+    sweep = Known(StubTarget(SLOW), OPTIONS_OF_TWO, 10)
+    found = asyncio.run(sweep.run())
+    assert set(found) == {"highest_sustained_rate_rps", "highest_sustained_rate_rps_100ms"}
+    assert 190 < found["highest_sustained_rate_rps"] <= 200 and 95 < found["highest_sustained_rate_rps_100ms"] <= 100
+    measured = [series.rate_rps for series in sweep.series]
+    assert len(measured) == len(set(measured)) and measured == sorted(measured, key=lambda rate: rate or 0.0)
+    shown = {
+        series.rate_rps: line for series, line in zip(sweep.series, list(rate_lines(sweep.series))[2:], strict=True)
+    }
+    assert shown[10.0].split()[-1] == "1"
+    assert shown[160.0].endswith("not sustained within 100 ms")
+    assert shown[320.0].endswith("not sustained within 200 ms and 100 ms")
 
 
 def test_an_engine_of_this_process_completes_a_sweep(config: EngineConfig) -> None:
@@ -151,7 +182,15 @@ def test_an_endpoint_that_is_not_there_is_an_error_with_the_fix() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"rates": ()}, {"rates": (0.0,)}, {"seconds": 0.0}, {"limit_s": 0.0}, {"drain_s": -1.0}]
+    "change",
+    [
+        {"rates": ()},
+        {"rates": (0.0,)},
+        {"seconds": 0.0},
+        {"limits_s": (0.2, 0.0)},
+        {"limits_s": (0.2, 0.2)},
+        {"drain_s": -1.0},
+    ],
 )
 def test_impossible_options_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

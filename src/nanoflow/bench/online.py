@@ -7,7 +7,7 @@ grows would show, stay within the limit of seconds per output token on average. 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,26 +17,23 @@ from nanoflow.bench.load import OK, LoadRecord, OnProgress, Target, client_numbe
 from nanoflow.bench.metered import Metered
 from nanoflow.bench.numbers import latency_numbers, throughput_numbers
 from nanoflow.bench.result import Run, Series
+from nanoflow.bench.sustained import highest, highest_sustained, judged, mark_of
 from nanoflow.bench.workloads import NO_LIMITS, Limits, RequestSet, make_requests
 from nanoflow.core.errors import ConfigError
 
 LEAST_REQUESTS = 8
-MOST_BISECTIONS = 8
-DOUBLINGS = 16
 WARM_UP_SEED = 0x3A53
 PAUSE_S = 0.3
-
-Probe = Callable[[float], Awaitable[bool]]
-"""Measures a rate and says whether it was sustained."""
 
 
 @dataclass(frozen=True)
 class OnlineOptions:
     """What to send and for how long.
 
-    `seconds` of arrivals at each rate, then at most `drain_s` for what is still running. `limit_s` is the allowed time
-    per output token. With `find`, the search starts at the highest of `rates` that was sustained (or at the lowest) and
-    ends when the rate is known to `resolution`.
+    `seconds` of arrivals at each rate, then at most `drain_s` for what is still running. `limits_s` are allowed times
+    an output token, each judged on its own; the first is the one that names no limit in its numbers. With `find`, the
+    search for each starts at the highest rate known to be sustained (or at the lowest) and ends when the highest is
+    known to `resolution`.
     """
 
     workload: str = "sharegpt"
@@ -46,7 +43,7 @@ class OnlineOptions:
     arrivals: str = POISSON
     burstiness: float = 4.0
     limits: Limits = NO_LIMITS
-    limit_s: float = 0.2
+    limits_s: tuple[float, ...] = (0.2,)
     drain_s: float = 60.0
     warmup: int = 8
     find: bool = False
@@ -55,8 +52,10 @@ class OnlineOptions:
     def __post_init__(self) -> None:
         if not self.rates or min(self.rates) <= 0:
             raise ConfigError(f"request rates must be above 0, not {list(self.rates)}; give --rates 1,2,4.")
-        if min(self.seconds, self.limit_s, self.resolution) <= 0 or self.drain_s < 0 or self.warmup < 0:
-            raise ConfigError("seconds, limit and resolution must be above 0, drain and warmup not negative.")
+        if min(self.seconds, self.resolution, *self.limits_s) <= 0 or self.drain_s < 0 or self.warmup < 0:
+            raise ConfigError("seconds, limits and resolution must be above 0, drain and warmup not negative.")
+        if len({mark_of(one, self.limits_s) for one in self.limits_s}) < len(self.limits_s):
+            raise ConfigError("a limit is given twice; give each once, such as --limit-ms 200,100.")
 
     def requests(self, rate_rps: float, number: int) -> RequestSet:
         """The requests of the `number`-th rate."""
@@ -89,8 +88,8 @@ class Sweep:
         self.series: list[Series] = []
         self.last_requests: RequestSet | None = None
 
-    async def run(self) -> float | None:
-        """All rates, then the search if it is wanted: the highest sustained rate, None where not even one was."""
+    async def run(self) -> dict[str, float]:
+        """All rates, then the search for each limit if it is wanted: see `highest_sustained_rps`."""
         options = self._options
         if options.warmup:
             requests = make_requests(
@@ -98,19 +97,28 @@ class Sweep:
             )
             prepared = prepare_all(self._target, requests, self._vocab_size, WARM_UP_SEED)
             await run_load(self._target, requests, prepared)
-        known = {rate: await self.probe(rate) for rate in sorted(set(options.rates))}
-        if options.find:
-            await highest_sustained(self.probe, known, options.resolution)
+        for rate in sorted(set(options.rates)):
+            await self.measure(rate)
+        for limit_s in options.limits_s if options.find else ():
+            await self._find(f"sustained{mark_of(limit_s, options.limits_s)}")
         self.series.sort(key=lambda series: series.rate_rps or 0.0)
         return self.highest_sustained_rps()
 
-    def highest_sustained_rps(self) -> float | None:
-        """Of the rates that were measured so far."""
-        sustained = [series.rate_rps for series in self.series if series.numbers["sustained"] and series.rate_rps]
-        return max(sustained, default=None)
+    def highest_sustained_rps(self) -> dict[str, float]:
+        """Of the rates that were measured so far, by the name of its number for each limit; none where none was."""
+        return highest({one.rate_rps or 0.0: one.numbers for one in self.series}, self._options.limits_s)
 
-    async def probe(self, rate_rps: float) -> bool:
-        """Measure one rate."""
+    async def _find(self, verdict: str) -> None:
+        """Search the highest rate whose number `verdict` is 1, from all that is known."""
+
+        async def probe(rate_rps: float) -> bool:
+            return bool((await self.measure(rate_rps))[verdict])
+
+        known = {one.rate_rps or 0.0: bool(one.numbers[verdict]) for one in self.series}
+        await highest_sustained(probe, known, self._options.resolution)
+
+    async def measure(self, rate_rps: float) -> dict[str, float]:
+        """The numbers of one rate."""
         number = len(self.series)
         requests = self.last_requests = self._options.requests(rate_rps, number)
         seed = self._options.seed + number
@@ -120,13 +128,13 @@ class Sweep:
             self._target, requests, prepared, drain_s=self._options.drain_s, on_progress=self._telling(rate_rps)
         )
         bounds, energy = ((), None) if read is None else read(record)
-        numbers = run_numbers(record, self._options.limit_s, 1 if self._metered is None else self._metered.devices)
+        numbers = run_numbers(record, self._options.limits_s, 1 if self._metered is None else self._metered.devices)
         run = Run(seed, record.elapsed_s, numbers, bounds, energy, requests=record.columns())
         self.series.append(Series(f"{rate_rps:g} requests/s", (run,), numbers, rate_rps=rate_rps))
         if self._on_series is not None:
             self._on_series()
         await asyncio.sleep(PAUSE_S)
-        return bool(numbers["sustained"])
+        return numbers
 
     def _telling(self, rate_rps: float) -> OnProgress | None:
         tell = self._on_progress
@@ -135,43 +143,18 @@ class Sweep:
         return lambda done, total, word: tell(done, total, f"{rate_rps:g} requests/s, {word}")
 
 
-async def highest_sustained(probe: Probe, known: dict[float, bool], resolution: float) -> None:
-    """Double (or halve) from what is known until the limit is passed, then bisect; fills `known`."""
-    low = max((rate for rate, good in known.items() if good), default=None)
-    high = min((rate for rate, good in known.items() if not good and rate > (low or 0.0)), default=None)
-    for _ in range(DOUBLINGS):
-        if low is not None and high is not None:
-            break
-        rate = 2.0 * low if low is not None else 0.5 * (high or 1.0)
-        known[rate] = await probe(rate)
-        low, high = (rate, high) if known[rate] else (low, rate)
-    for _ in range(MOST_BISECTIONS):
-        if low is None or high is None or high / low - 1.0 <= resolution:
-            return
-        rate = round((low * high) ** 0.5, 4)
-        known[rate] = await probe(rate)
-        low, high = (rate, high) if known[rate] else (low, rate)
-
-
-def run_numbers(record: LoadRecord, limit_s: float, devices: int = 1) -> dict[str, float]:
+def run_numbers(record: LoadRecord, limits_s: Sequence[float], devices: int = 1) -> dict[str, float]:
     """Summary of one rate; `docs/benchmarks.md` defines each number."""
     columns, n = record.columns(), len(record.sent)
     ok = [one for one in record.sent if one.status == OK]
     offered_s = record.sent[-1].arrival_s - record.sent[0].arrival_s
     offered_rps = (n - 1) / offered_s if offered_s > 0 else float(n)
     normalised = {id(one): _normalised_s(one.arrival_s, one.heard.finished_s, one.heard.n_tokens) for one in ok}
-    within = sum(value <= limit_s for value in normalised.values())
     second_half = [normalised[id(one)] for one in record.sent[n // 2 :] if id(one) in normalised]
-    sustained = len(ok) == n and float(np.mean(second_half)) <= limit_s
     numbers = throughput_numbers(record.elapsed_s, len(ok), record.prompt_tokens, record.output_tokens, devices)
     numbers |= {"offered_rps": offered_rps, "requests": float(n), "failed_requests": float(n - len(ok))}
     numbers |= latency_numbers(columns)
-    numbers |= {
-        "within_limit_percent": 100.0 * within / n,
-        "goodput_rps": offered_rps * within / n,
-        "limit_s_per_token": limit_s,
-        "sustained": float(sustained),
-    }
+    numbers |= judged(list(normalised.values()), second_half, n, offered_rps, limits_s)
     if second_half:
         numbers["normalised_latency_second_half_mean_s"] = float(np.mean(second_half))
     return numbers | client_numbers(record)

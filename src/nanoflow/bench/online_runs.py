@@ -175,7 +175,6 @@ def _result(
 ) -> BenchResult:
     """Of the rates that were measured so far."""
     assert sweep.last_requests is not None, "a sweep has at least one rate"
-    highest = sweep.highest_sustained_rps()
     whole = replace(sweep.last_requests.info, arrivals=options.arrivals, seed=options.seed)
     return BenchResult(
         kind=BenchKind.ONLINE,
@@ -189,7 +188,7 @@ def _result(
         series=tuple(sorted(sweep.series, key=lambda series: series.rate_rps or 0.0)),
         seeds=tuple(sorted({run.seed for series in sweep.series for run in series.runs})),
         client=overhead,
-        numbers={} if highest is None else {"highest_sustained_rate_rps": highest},
+        numbers=sweep.highest_sustained_rps(),
         notes=_failures([run for series in sweep.series for run in series.runs]),
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from nanoflow.bench.environment import shown
 from nanoflow.bench.numbers import PER_DEVICE, RATIO, headline, mean_energy
 from nanoflow.bench.result import BenchResult, Series
-from nanoflow.bench.show import floors_text, lines_of
+from nanoflow.bench.show import floors_text, lines_of, sustained_within
 
 NONE = "–"
 COLUMNS = (
@@ -18,6 +18,8 @@ COLUMNS = (
     "tokens/s",
     "tokens/s a device",
     "output tokens/s",
+    "ms a token: mean, p99",
+    "sustained within",
     "of the first",
     "batch fill",
     "of the bound: work done",
@@ -26,8 +28,7 @@ COLUMNS = (
     "power",
     "energy a token",
 )
-EACH = COLUMNS.index("tokens/s a device")
-"""Left out where every result is of one device."""
+"""Those that no row has anything in are left out."""
 
 
 def page_of(results: Sequence[BenchResult], files: Sequence[Path | None]) -> str:
@@ -48,9 +49,9 @@ def _lines(results: Sequence[BenchResult], files: Sequence[Path | None]) -> Iter
         yield f"    {shown(command)}"
     yield ""
     rows = [COLUMNS, *(_row(result, series) for result in results for series in result.series if series.runs)]
-    if all(result.machine.devices == 1 for result in results):
-        rows = [(*row[:EACH], *row[EACH + 1 :]) for row in rows]
-    rows.insert(1, ("---",) * len(rows[0]))
+    kept = [index for index in range(len(COLUMNS)) if any(row[index] != NONE for row in rows[1:])]
+    rows = [tuple(row[index] for index in kept) for row in rows]
+    rows.insert(1, ("---",) * len(kept))
     yield from (f"| {' | '.join(row)} |" for row in rows)
     yield ""
     left_out = {
@@ -75,8 +76,11 @@ def _row(result: BenchResult, series: Series) -> tuple[str, ...]:
     return (
         result.workload.name,
         series.name,
-        str(result.workload.n_requests),
-        *(_number(series, name) for name in ("tokens_per_s", PER_DEVICE, "output_tokens_per_s", RATIO)),
+        f"{series.numbers.get('requests', result.workload.n_requests):.0f}",
+        *(_number(series, name) for name in ("tokens_per_s", PER_DEVICE, "output_tokens_per_s")),
+        _latency(series),
+        ", ".join(limit for limit, kept in sustained_within(series).items() if kept) or NONE,
+        _number(series, RATIO),
         _number(series, "batch_fill_percent", " %"),
         _percent(series, 0),
         f"{floors_text(done)} %" if done else NONE,
@@ -88,6 +92,13 @@ def _row(result: BenchResult, series: Series) -> tuple[str, ...]:
 
 def _number(series: Series, name: str, unit: str = "") -> str:
     return headline(series, name) + unit if name in series.numbers else NONE
+
+
+def _latency(series: Series) -> str:
+    """Normalised latency of a rate."""
+    names = ("normalised_latency_mean_s", "normalised_latency_p99_s")
+    found = [f"{1e3 * series.numbers[name]:.1f}" for name in names if name in series.numbers]
+    return ", ".join(found) or NONE
 
 
 def _percent(series: Series, number: int) -> str:

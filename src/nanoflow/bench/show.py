@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from nanoflow.analysis.report import rates_text
 from nanoflow.bench.numbers import PER_DEVICE, RATIO, headline, mean_energy, percent_of_floors
 from nanoflow.bench.result import BenchKind, BenchResult, Bound, ClientOverhead, IterationTrace, Run, Series
+from nanoflow.bench.sustained import HIGHEST, limits_of
 
 HITS = "hit_tokens_"
 MEANINGS = {
@@ -38,6 +39,7 @@ def lines_of(result: BenchResult) -> Iterator[str]:
     yield f"  machine: {several}{machine.name}; {result.model.dtype or 'dtype unknown'}; {result.target}"
     if result.kind is BenchKind.ONLINE:
         yield from rate_lines(result.series)
+        yield from _highest(result)
     elif result.kind is BenchKind.ABLATION:
         yield from ablation_lines(result.series)
     else:
@@ -147,8 +149,7 @@ def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:
             for column in columns
         )
         rate = f"{series.rate_rps:>8.4g}{numbers['offered_rps']:>9.3g}{numbers['goodput_rps']:>9.3g}"
-        verdict = "" if numbers["sustained"] else "  not sustained"
-        yield f"  {rate}  {cells}{numbers['tokens_per_s']:>10.0f}{verdict}"
+        yield f"  {rate}  {cells}{numbers['tokens_per_s']:>10.0f}{_verdict(series)}"
     for series in sweep:
         bounds = [run.bounds[0] for run in series.runs if run.bounds]
         if bounds:
@@ -156,6 +157,31 @@ def rate_lines(sweep: Sequence[Series]) -> Iterator[str]:
             yield f"  {series.rate_rps:>8.4g} req/s{_each(series)}: {'; '.join(said)}"
     if any(run.bounds for series in sweep for run in series.runs):
         yield f"  {_rates(next(run.bounds[0] for series in sweep for run in series.runs if run.bounds))}"
+
+
+def sustained_within(series: Series) -> dict[str, bool]:
+    """Whether a rate was sustained, by limit as text (`200 ms`)."""
+    numbers = series.numbers
+    return {ms_text(limit_s): bool(numbers[f"sustained{mark}"]) for mark, limit_s in limits_of(numbers).items()}
+
+
+def ms_text(limit_s: float) -> str:
+    """0.2 → `200 ms`."""
+    return f"{1e3 * limit_s:g} ms"
+
+
+def _verdict(series: Series) -> str:
+    """Which limits were passed."""
+    passed = [limit for limit, kept in sustained_within(series).items() if not kept]
+    return f"  not sustained within {' and '.join(passed)}" if passed else ""
+
+
+def _highest(result: BenchResult) -> Iterator[str]:
+    """The highest sustained rate by each limit that a sweep was judged by."""
+    for mark, limit_s in limits_of(result.series[0].numbers).items():
+        rate = result.numbers.get(HIGHEST + mark)
+        said = "no rate that was measured" if rate is None else f"at most {rate:g} requests/s of those measured"
+        yield f"  sustained within {ms_text(limit_s)} a token (mean normalised latency): {said}"
 
 
 def _client(client: ClientOverhead) -> str:

@@ -103,7 +103,7 @@ def run_online(args: argparse.Namespace, keep: OnResult) -> list[BenchResult]:
         arrivals=args.arrivals,
         burstiness=args.burstiness,
         limits=limits_of(args),
-        limit_s=args.limit_ms / 1e3,
+        limits_s=tuple(limit_ms / 1e3 for limit_ms in numbers_of("--limit-ms", args.limit_ms)),
         drain_s=args.drain_seconds,
         warmup=args.warmup,
         find=args.find,

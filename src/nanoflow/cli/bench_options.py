@@ -32,7 +32,9 @@ def add_online(parser: argparse.ArgumentParser) -> None:
     add_workload(group, "sharegpt")
     group.add_argument("--rates", metavar="R,R,...", default="1", help="requests a second to measure (default 1)")
     group.add_argument(
-        "--find", action="store_true", help="search the highest sustained rate, from the best of --rates"
+        "--find",
+        action="store_true",
+        help="search the highest sustained rate within each of --limit-ms, from the best of --rates",
     )
     group.add_argument(
         "--seconds", type=float, metavar="X", default=60.0, help="seconds of arrivals at each rate (default 60)"
@@ -42,7 +44,10 @@ def add_online(parser: argparse.ArgumentParser) -> None:
         "--burstiness", type=float, metavar="X", default=4.0, help="of gamma arrivals; 1 is Poisson (default 4)"
     )
     group.add_argument(
-        "--limit-ms", type=float, default=200.0, metavar="X", help="allowed time an output token (default 200)"
+        "--limit-ms",
+        default="200",
+        metavar="X,X,...",
+        help="allowed time an output token; with several each is judged, and searched for, on its own (default 200)",
     )
     group.add_argument(
         "--drain-seconds", type=float, metavar="X", default=60.0, help="wait for the last answers (default 60)"

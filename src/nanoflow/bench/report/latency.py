@@ -10,6 +10,7 @@ from nanoflow.bench.report.figure import Draw, Figure, Missing, Section, Table, 
 from nanoflow.bench.report.lines import Level, Line, Plot, draw_lines
 from nanoflow.bench.report.throughput import workload_label
 from nanoflow.bench.result import BenchKind, BenchResult, Series
+from nanoflow.bench.sustained import HIGHEST, LIMIT, limits_of
 
 KEY, TITLE = "latency", "Latency against the request rate"
 LIMIT_S = 0.2
@@ -38,11 +39,7 @@ def latency(results: Sequence[BenchResult]) -> Section:
         *both(_drawer(online, "ttft", "Time to the first token, ms", [])),
     )
     tables = tuple(_table(result, swept) for result, swept in online)
-    notes = tuple(
-        f"{_label(result)}: highest sustained rate {number(result.numbers['highest_sustained_rate_rps'])} requests/s."
-        for result, _ in online
-        if "highest_sustained_rate_rps" in result.numbers
-    )
+    notes = tuple(note for result, swept in online for note in _highest(result, swept))
     notes += tuple(_overhead(result) for result, _ in online if result.client is not None)
     return Figure(KEY, TITLE, lead, charts, tables, notes)
 
@@ -54,8 +51,19 @@ def rates(result: BenchResult) -> list[Series]:
 
 
 def limit_of(swept: Sequence[Series]) -> float:
-    """The limit of mean normalised latency in seconds a token that the sweep was judged by."""
-    return swept[0].numbers.get("limit_s_per_token", LIMIT_S)
+    """The (first) limit of mean normalised latency in seconds a token that the sweep was judged by."""
+    return swept[0].numbers.get(LIMIT, LIMIT_S)
+
+
+def _highest(result: BenchResult, swept: Sequence[Series]) -> list[str]:
+    """The highest sustained rate, by each limit where there are several."""
+    limits = limits_of(swept[0].numbers) or {"": LIMIT_S}
+    return [
+        f"{_label(result)}: highest sustained rate {number(result.numbers[HIGHEST + mark])} requests/s"
+        + (f" within {seconds(limit_s)} a token." if len(limits) > 1 else ".")
+        for mark, limit_s in limits.items()
+        if HIGHEST + mark in result.numbers
+    ]
 
 
 def _drawer(online: Sequence[Sweep], name: str, title: str, limits_s: Sequence[float]) -> Draw:
