@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -136,13 +136,9 @@ class RankGroup:
 
         threading.Thread(target=run, name="joining", daemon=True).start()
         began = time.monotonic()
-        while True:
-            try:
-                return done.result(_LOOK_S)
-            except FutureTimeoutError:
-                if done.done():  # what `work` itself has raised
-                    raise
-                self._check_time(what, began, expected_s)
+        while not wait_for([done], _LOOK_S).done:
+            self._check_time(what, began, expected_s)
+        return done.result()
 
     def together(self, work: Callable[[], T], what: str = "making a pipeline ready", expected_s: float = SLOW_S) -> T:
         """`work()` that talks to the other ranks; raises the group's failure where that is what made it fail.
@@ -250,12 +246,25 @@ class RankGroup:
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
-            worker.process.wait()
+            try:
+                worker.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:  # it waits in a driver
+                _log.warning("process %d does not end and is left behind", worker.process.pid)
             if worker.process.stdin is not None:
                 worker.process.stdin.close()
 
     def _watch(self) -> None:
-        """The monitor's thread: passes answers on, until a worker tells a failure or closes its pipe."""
+        """The monitor's thread: without it nobody would notice a failure, so one of its own is the group's."""
+        try:
+            self._listen()
+        except Exception as error:
+            if self._closing:  # its pipes may be closed by now
+                return
+            _log.exception("the ranks cannot be watched")
+            self.give_up(f"watching the ranks has failed ({type(error).__name__}: {error})")
+
+    def _listen(self) -> None:
+        """Pass answers on, until a worker tells a failure or closes its pipe."""
         by_pipe = {worker.pipe: worker for worker in self._workers}
         while not self._closing and self.failure is None:
             self._look()
@@ -302,16 +311,19 @@ class Pending:
     def result(self) -> BatchResult:
         """Wait for the iteration and return its tokens. Raises `RankFailedError`, or rank 0's own error."""
         began = time.monotonic()
-        while not self._inner.wait(_LOOK_S):
+        while not self._of_rank_0(lambda: self._inner.wait(_LOOK_S)):
             if time.monotonic() - began > HUNG_S:
                 self._group.give_up_on("an iteration", HUNG_S)
             self._group.check()
+        return self._of_rank_0(self._inner.result)
+
+    def _of_rank_0(self, ask: Callable[[], T]) -> T:
+        """`ask()` of rank 0's own iteration. Raises the group's failure if that is what its error comes from."""
         try:
-            found: BatchResult = self._inner.result()
+            return ask()
         except Exception as error:
             self._group.explain(error)
             raise
-        return found
 
 
 class GroupLauncher:
