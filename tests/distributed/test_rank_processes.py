@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -136,6 +137,23 @@ def test_a_rank_that_cannot_start_says_so(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RankFailedError, match=r"rank 1 .* has ended with exit code 1"):
         make(folder, tensor_parallel_size=2)
+
+
+def test_a_rank_that_fails_says_why(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And where, if all is to be said."""
+    logger = logging.getLogger("nanoflow")
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        engine = make(folder, tensor_parallel_size=2)
+    finally:
+        logger.setLevel(level)
+    assert engine.ranks is not None
+    engine.ranks.send("prepare", "no pipeline")
+    with pytest.raises(RankFailedError, match=r"rank 1 .* has failed \(PipelineError: "):
+        engine.ranks.wait_for_all("making a pipeline ready", 60.0)
+    engine.close()
+    assert "Traceback" in capfd.readouterr().err
 
 
 def test_what_ranks_cannot_do_is_refused(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import RankFailedError
 from nanoflow.engine import ranks
 from nanoflow.engine.rank_process import RankJob, Worker
+from nanoflow.engine.rank_worker import log_level
 from nanoflow.engine.ranks import Pending, RankGroup
 
 CONFIG = EngineConfig.from_options(model="smollm2", tensor_parallel_size=2)
@@ -129,3 +131,10 @@ def test_an_error_of_rank_0_is_its_own(group: RankGroup, monkeypatch: pytest.Mon
     monkeypatch.setattr(ranks, "_EXPLAIN_S", 0.05)
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
         Pending(group, Broken()).result()
+
+
+@pytest.mark.parametrize(
+    ("of_rank_0", "wanted"), [("DEBUG", "DEBUG"), ("INFO", "WARNING"), ("WARNING", "WARNING"), ("ERROR", "ERROR")]
+)
+def test_other_ranks_say_little_unless_all_is_asked_for(of_rank_0: str, wanted: str) -> None:
+    assert log_level(logging.getLevelNamesMapping()[of_rank_0]) == wanted

@@ -29,7 +29,7 @@ from nanoflow.engine.rank_process import BEAT_S, RankJob
 from nanoflow.engine.rank_serving import RankFollower, RankServing
 from nanoflow.engine.workbench import open_workbench
 
-_log = get_logger(__name__)
+_log = get_logger("nanoflow.engine.rank_worker")  # by name: it runs as `__main__`
 
 _SPEAKING = threading.Lock()
 """Held while something is said to rank 0: several threads do."""
@@ -43,12 +43,18 @@ def main() -> None:
     job: RankJob = pipe.recv()
     receiver = Receiver(memory, pipe, job.rank - 1)
     threading.Thread(target=_end_with, args=(job.parent, receiver.beat), name="parent", daemon=True).start()
-    setup_logging(logging.getLevelName(max(job.log_level, logging.WARNING)))
+    setup_logging(log_level(job.log_level))
     try:
         _follow(job, pipe, receiver)
     except BaseException as error:
         _give_up(pipe, error)
     _leave(0)
+
+
+def log_level(of_rank_0: int) -> str:
+    """Of a worker: what ranks choose is the same, so the others only warn; at level debug they say all."""
+    found: str = logging.getLevelName(of_rank_0 if of_rank_0 <= logging.DEBUG else max(of_rank_0, logging.WARNING))
+    return found
 
 
 def _follow(job: RankJob, pipe: Connection, receiver: Receiver) -> None:

@@ -315,7 +315,8 @@ class Pending:
             if time.monotonic() - began > HUNG_S:
                 self._group.give_up_on("an iteration", HUNG_S)
             self._group.check()
-        return self._of_rank_0(self._inner.result)
+        found: BatchResult = self._of_rank_0(self._inner.result)
+        return found
 
     def _of_rank_0(self, ask: Callable[[], T]) -> T:
         """`ask()` of rank 0's own iteration. Raises the group's failure if that is what its error comes from."""
