@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from nanoflow.bench import variants
 from nanoflow.bench.ablation import AblationOptions, run_ablation
 from nanoflow.bench.compared import take_turns
 from nanoflow.bench.offline import Listeners
+from nanoflow.bench.overlaps import Overlaps
 from nanoflow.bench.pages import page_of
 from nanoflow.bench.result import BenchResult, parse_result
 from nanoflow.bench.show import lines_of
@@ -21,7 +23,9 @@ from nanoflow.cli.main import main
 from nanoflow.core.config import EngineConfig
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.ops import Op
+from nanoflow.engine.tuned import TIMES
 from nanoflow.models.registry import resolve_model
+from nanoflow.pipeline.baselines import nano_batches, sequential
 from nanoflow.pipeline.graph import layer_graph
 from nanoflow.pipeline.pipeline import LaneSpec, NanoOp, Pipeline
 
@@ -183,6 +187,29 @@ def test_without_an_overlapping_pipeline_the_variant_names_the_fix(
     assert "nanoflow tune" in missing.not_applicable
     assert "--kv-dram-bytes" in result.series[-1].not_applicable
     assert "tokens_per_s_deviation" not in result.series[0].numbers
+
+
+def test_what_tuning_chose_is_a_row_or_named(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = layer_graph(resolve_model(config.model.model, "random").spec)
+    times = {"predicted_layer_us": 8.0, "measured_layer_us": 10.0, "prediction_error": -0.2}
+    base = sequential(graph, 32)
+    told = {"candidates": [{"name": "thirds", **times, "ratio_to_sequential": 0.9, "ratio_interval": [0.8, 0.95]}]}
+    thirds = replace(nano_batches(graph, 32, [10, 21]), name="thirds", meta={"tuned": told})
+    base = replace(base, meta={TIMES: {"predicted_layer_us": 4.0}})
+
+    def rows(chosen: Pipeline | None) -> BenchResult:
+        found = Overlaps(baselines=(base,), chosen=chosen)
+        monkeypatch.setattr("nanoflow.bench.ablation.find_overlaps", lambda *_: found)
+        options = AblationOptions(rounds=1, warmup=0, trace=0, variants=("tuned",))
+        return run_ablation(config, [make_requests("8/2", 2)], options)[0]
+
+    assert "run nanoflow tune" in rows(None).series[1].not_applicable
+    assert rows(base).series[1].not_applicable == "tuning chose sequential"
+    result = rows(thirds)
+    assert [len(series.runs) for series in result.series] == [1, 1]
+    text = [line.split() for line in lines_of(result)]
+    assert ["sequential", "4.0", "µs", "–", "1.000", "–"] in text, "found by a search, not measured"
+    assert ["tuned", "8.0", "µs", "10.0", "µs", "-20.0%", "2.000", "0.900", "(0.800", "to", "0.950)"] in text
 
 
 def test_offload_is_compared_where_a_tier_is_given(config: EngineConfig, tmp_path: Path) -> None:

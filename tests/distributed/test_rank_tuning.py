@@ -15,6 +15,8 @@ import pytest
 from nanoflow.analysis.profile_table import ProfileTable
 from nanoflow.bench import variants
 from nanoflow.bench.ablation import AblationOptions, run_ablation
+from nanoflow.bench.predicted import times_of
+from nanoflow.bench.show import lines_of
 from nanoflow.bench.workloads import make_requests
 from nanoflow.cli.tune import print_report
 from nanoflow.core.config import EngineConfig
@@ -137,9 +139,10 @@ def test_tuning_compares_the_kinds_of_overlap_and_keeps_one_for_two_ranks(
 
 
 def test_auto_takes_what_was_tuned_for_as_many_ranks(tuning: Tuning, folder: Path, tmp_path: Path) -> None:
-    kept = Pipeline.load(tuning.path)
+    key = tuning_key(open_workbench(config(folder), WORKLOAD))
+    kept, contenders = Pipeline.load(tuning.path), [one for one, _ in tuned.verified(key)]
     other = Pipeline("another", kept.dense_batch, kept.lanes, kept.nano_ops, kept.meta)
-    tuned.save(tuning_key(open_workbench(config(folder), WORKLOAD)), other, tuning.report)
+    tuned.save(key, other, tuning.report)
     engine = build_engine(config(folder), show_progress=False)
     engine.close()
     assert engine.pipeline.name == "another"
@@ -147,7 +150,7 @@ def test_auto_takes_what_was_tuned_for_as_many_ranks(tuning: Tuning, folder: Pat
         alone = build_engine(config(folder, **options), show_progress=False)
         alone.close()
         assert alone.pipeline.name == "sequential"
-    tuned.save(tuning_key(open_workbench(config(folder), WORKLOAD)), kept, tuning.report)
+    tuned.save(key, kept, tuning.report, contenders)
 
 
 def test_a_profile_of_another_number_of_ranks_is_refused(tuning: Tuning, folder: Path) -> None:
@@ -169,6 +172,17 @@ def test_an_ablation_changes_pipelines_on_all_ranks(tuning: Tuning, folder: Path
     network = by_name[variants.NETWORK]
     assert network.trace is not None and len({span.lane for span in network.trace.spans}) > 1
     assert "several ranks" in by_name[variants.MEMORY].not_applicable
+    text = "\n".join(lines_of(result))
+    assert "as predicted from the profile and as measured by tune" in text
+    rows = {one["name"]: one for one in tuning.report["candidates"]}
+    assert network.pipeline is not None and times_of(network.pipeline) == rows[network.pipeline["name"]]
+    for name in (variants.SEQUENTIAL, variants.NANO_BATCHES, variants.NETWORK):
+        times = times_of(by_name[name].pipeline or {}) or {}
+        said = next(line for line in text.splitlines() if line.startswith(f"  {name} ") and "µs" in line)
+        assert f"{times['predicted_layer_us']:,.1f} µs" in said and f"{times['measured_layer_us']:,.1f} µs" in said
+        assert f"{times['prediction_error']:+.1%}" in said and f"{times['ratio_to_sequential']:.3f} (" in said
+    chosen, row = tuning.report["winner"], by_name[variants.TUNED]
+    assert f"tuning chose {chosen}" in row.not_applicable if not row.runs else row.pipeline["name"] == chosen  # type: ignore[index]
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from nanoflow.bench.variants import (
     OFFLOAD_ON,
     PLAIN,
     ROWS,
+    TUNED,
     Ready,
     Variant,
     check_names,
@@ -124,7 +125,7 @@ def run_ablation(
 
 def _overlaps(config: EngineConfig, options: AblationOptions) -> Overlaps:
     """The overlapping pipelines that the wanted rows need: on one rank a search is spared where none does."""
-    if not options.overlaps and config.device.tensor_parallel_size == 1 and MEMORY not in options.rows:
+    if not options.overlaps and config.device.tensor_parallel_size == 1 and not options.rows & {MEMORY, TUNED}:
         return Overlaps()
     return find_overlaps(
         config, OverlapSource(options.workload, options.overlaps, options.search_seconds, options.tune)

@@ -7,7 +7,7 @@ and with it the collectives that the profile chose for the baselines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanoflow.analysis.profile_table import ProfileTable
@@ -40,7 +40,8 @@ class OverlapSource:
 class Overlaps:
     """The pipelines that are known, by what they overlap; `baselines` by name, with the same choice of collectives.
 
-    `by_hand` are those of files. A single one is also the pipeline of its kind of overlap.
+    `by_hand` are those of files. A single one is also the pipeline of its kind of overlap. `chosen` is the one that
+    tuning kept as the fastest.
     """
 
     memory: Pipeline | None = None
@@ -48,11 +49,12 @@ class Overlaps:
     both: Pipeline | None = None
     baselines: tuple[Pipeline, ...] = ()
     by_hand: tuple[Pipeline, ...] = ()
+    chosen: Pipeline | None = None
 
     @property
     def all(self) -> tuple[Pipeline, ...]:
         """Every pipeline there is."""
-        found = (self.memory, self.network, self.both)
+        found = (self.memory, self.network, self.both, self.chosen)
         return (*(one for one in found if one is not None), *self.baselines, *self.by_hand)
 
     @property
@@ -113,29 +115,36 @@ def beside_products(pipeline: Pipeline) -> set[Resource]:
 
 def _kept(config: EngineConfig, source: OverlapSource) -> Overlaps:
     bench = open_workbench(config, source.workload)
+    key = tuning_key(bench)
     try:
-        return _kept_of_ranks(bench, source) if bench.ranks > 1 else Overlaps(memory=_kept_of_one(bench, source))
+        verified = [one for one, _ in tuned.verified(key)]
+        kinds = _kept_of_ranks if bench.ranks > 1 else _kept_of_one
+        return replace(kinds(bench, source, verified), chosen=tuned.find(key))
     finally:
         bench.device.close()
 
 
-def _kept_of_one(bench: Workbench, source: OverlapSource) -> Pipeline | None:
+def _kept_of_one(bench: Workbench, source: OverlapSource, verified: Sequence[Pipeline]) -> Overlaps:
     """The tuned pipeline if it overlaps, else the best overlapping one by the profile behind it."""
     kept = tuned.find(tuning_key(bench))
-    if kept is not None and len(kept.lanes) > 1:
-        return kept
-    return next((one for one in _searched(bench, source) if len(one.lanes) > 1), None)
+    if kept is None or len(kept.lanes) == 1:
+        kept = next((one for one in _searched(bench, source) if len(one.lanes) > 1), None)
+    return Overlaps(memory=kept, baselines=_baselines(verified))
 
 
-def _kept_of_ranks(bench: Workbench, source: OverlapSource) -> Overlaps:
+def _kept_of_ranks(bench: Workbench, source: OverlapSource, verified: Sequence[Pipeline]) -> Overlaps:
     """The fastest of each kind that was verified, else the best by the profile."""
-    pipelines = [one for one, _ in tuned.verified(tuning_key(bench))] or _searched(bench, source)
+    pipelines = verified or _searched(bench, source)
     several = [one for one in pipelines if len(one.lanes) > 1]
     return Overlaps(
         network=next((one for one in several if beside_products(one) == {Resource.NETWORK}), None),
         both=next((one for one in several if beside_products(one) >= {Resource.MEMORY, Resource.NETWORK}), None),
-        baselines=tuple(one for one in pipelines if len(one.lanes) == 1),
+        baselines=_baselines(pipelines),
     )
+
+
+def _baselines(pipelines: Sequence[Pipeline]) -> tuple[Pipeline, ...]:
+    return tuple(one for one in pipelines if len(one.lanes) == 1)
 
 
 def _searched(bench: Workbench, source: OverlapSource) -> Sequence[Pipeline]:
@@ -146,4 +155,7 @@ def _searched(bench: Workbench, source: OverlapSource) -> Sequence[Pipeline]:
     table = check_profile(ProfileTable.load(key.profile_path), key)
     limits = TuneLimits(search_seconds=source.search_seconds)
     found = find_contenders(bench, layer_graph(bench.spec, bench.ranks), table, limits, None)
-    return [one.pipeline for one in sorted(found, key=lambda one: one.predicted_us)]
+    return [
+        replace(one.pipeline, meta={**one.pipeline.meta, tuned.TIMES: {"predicted_layer_us": one.predicted_us}})
+        for one in sorted(found, key=lambda one: one.predicted_us)
+    ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from nanoflow.analysis.report import rates_text
 from nanoflow.bench.numbers import PER_DEVICE, RATIO, headline, mean_energy, percent_of_floors
+from nanoflow.bench.predicted import prediction_lines
 from nanoflow.bench.result import BenchKind, BenchResult, Bound, ClientOverhead, IterationTrace, Run, Series
 from nanoflow.bench.sustained import HIGHEST, limits_of
 
@@ -120,6 +121,7 @@ def ablation_lines(variants: Sequence[Series]) -> Iterator[str]:
             yield f"  {series.name} is the pipeline {series.pipeline['name']}"
     for series in variants:
         yield from _small_batches(series)
+    yield from prediction_lines(variants)
     rates = next((run.bounds[0] for series in variants for run in series.runs), None)
     if rates is not None:
         yield f"  {_rates(rates)}"

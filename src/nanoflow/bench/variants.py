@@ -31,15 +31,20 @@ NETWORK = "network overlap"
 MEMORY = "memory overlap"
 BOTH = "network + memory overlap"
 SYNCHRONOUS = "synchronous scheduling"
+TUNED = "tuned"
 ONE_RANK = "one rank has no network operations"
 NO_OVERLAP = "no overlapping pipeline is known here: run nanoflow tune first, or give --tune or --overlap FILE"
 NO_BOTH = (
     "no pipeline is known here that overlaps memory too: run nanoflow tune, or give --overlap FILE if it made none"
 )
 
+NOTHING_TUNED = (
+    "nothing is tuned here for this model, dense batch and number of ranks: run nanoflow tune, or give --tune"
+)
+BY_HAND = "pipelines are given by --overlap"
 SEVERAL = "several pipelines are given by --overlap; each has a row of its own"
 OFFLOAD = "KV offload"
-ROWS = (SEQUENTIAL, NANO_BATCHES, NETWORK, BOTH, MEMORY, SYNCHRONOUS, OFFLOAD)
+ROWS = (SEQUENTIAL, NANO_BATCHES, NETWORK, BOTH, MEMORY, SYNCHRONOUS, TUNED, OFFLOAD)
 """What `--variants` may name, in the order of the table."""
 PLAIN, OFFLOAD_OFF, OFFLOAD_ON = "plain engine", f"{OFFLOAD} off", f"{OFFLOAD} on"
 RESERVED = frozenset({*ROWS, PLAIN, OFFLOAD_OFF, OFFLOAD_ON})
@@ -79,21 +84,41 @@ def variants_for(engine: Engine, overlaps: Overlaps, rows: Collection[str] = ROW
     tuning has measured or else the device's rates tell.
     """
     by_hand = overlaps.by_hand
-    return [
+    found = [
         one
-        for one in _all_variants(engine, overlaps)
+        for one in _known_rows(engine, overlaps)
         if one.name in rows or any(one.pipeline is given for given in by_hand)
     ]
+    if TUNED in rows:
+        found.append(_tuned(overlaps, found))
+    return [*found, *(Variant(one.name, one) for one in _several(overlaps))]
+
+
+def _several(overlaps: Overlaps) -> tuple[Pipeline, ...]:
+    """Those of files, where they have rows of their own."""
+    return overlaps.by_hand if len(overlaps.by_hand) > 1 else ()
+
+
+def _tuned(overlaps: Overlaps, others: Sequence[Variant]) -> Variant:
+    """What tuning chose, if it is none of the other rows."""
+    chosen = overlaps.chosen
+    if chosen is None:
+        return Variant(TUNED, None, reason=BY_HAND if overlaps.by_hand else NOTHING_TUNED)
+    for one in others:
+        if one.pipeline and (one.pipeline.lanes, one.pipeline.nano_ops) == (chosen.lanes, chosen.nano_ops):
+            row = "" if chosen.name == one.name else f", the row {one.name}"
+            return Variant(TUNED, None, reason=f"tuning chose {chosen.name}{row}")
+    return Variant(TUNED, chosen)
 
 
 def check_names(overlaps: Overlaps, compared: Collection[str]) -> None:
     """Raise `ConfigError` if one of several pipelines of files would have the name of another row."""
-    for one in overlaps.by_hand if len(overlaps.by_hand) > 1 else ():
+    for one in _several(overlaps):
         if one.name in RESERVED or one.name in compared:
             raise ConfigError(f"a pipeline of --overlap has the name of another row, {one.name!r}; rename it.")
 
 
-def _all_variants(engine: Engine, overlaps: Overlaps) -> list[Variant]:
+def _known_rows(engine: Engine, overlaps: Overlaps) -> list[Variant]:
     ranks, dense_batch = engine.config.device.tensor_parallel_size, engine.pipeline.dense_batch
     graph = layer_graph(engine.spec, ranks)
     known = {one.name: one for one in overlaps.baselines}
@@ -104,7 +129,7 @@ def _all_variants(engine: Engine, overlaps: Overlaps) -> list[Variant]:
     network = overlaps.network
     if network is None and ranks > 1 and dense_batch >= 2:
         network = network_overlap(graph, dense_batch)
-    several = overlaps.by_hand if len(overlaps.by_hand) > 1 else ()
+    several = _several(overlaps)
     rates = engine.rates
     split, network, both, memory = (
         one if one is None or any(one is given for given in overlaps.by_hand) else with_threshold(one, rates)
@@ -121,7 +146,6 @@ def _all_variants(engine: Engine, overlaps: Overlaps) -> list[Variant]:
             f"with several ranks see {BOTH}" if ranks > 1 else SEVERAL if several else NO_OVERLAP,
         ),
         Variant(SYNCHRONOUS, base, asynchronous=False),
-        *(Variant(one.name, one) for one in several),
     ]
 
 

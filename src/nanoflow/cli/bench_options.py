@@ -81,7 +81,7 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
         "--variants",
         metavar="NAME,...",
         help="run these rows only, of sequential (always run), nano-batches, network, network+memory, memory, "
-        "synchronous, kvoffload (default: all)",
+        "synchronous, tuned, kvoffload (default: all)",
     )
     group.add_argument("--tune", action="store_true", help="run nanoflow tune first where nothing is tuned")
     group.add_argument(

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -111,14 +111,15 @@ def find(key: TuningKey) -> Pipeline | None:
 def verified(key: TuningKey) -> list[tuple[Pipeline, float]]:
     """All pipelines that were verified when this was tuned, with their time over the sequential one's; fastest first.
 
-    Nothing where nothing is kept, or it cannot be read.
+    Each has its row of the report in its `meta` (`TIMES`). Nothing where nothing is kept, or it cannot be read.
     """
     try:
         texts = json.loads(key.contenders_path.read_text(encoding="utf-8"))
         measured = json.loads(key.report_path.read_text(encoding="utf-8"))["candidates"]
-        ratios = {one["name"]: float(one["ratio_to_sequential"]) for one in measured}
+        rows = {one["name"]: one for one in measured}
         kept = [Pipeline.from_json(json.dumps(text)) for text in texts]
-        return sorted(((one, ratios[one.name]) for one in kept), key=lambda pair: pair[1])
+        kept = [replace(one, meta={**one.meta, TIMES: rows[one.name]}) for one in kept]
+        return sorted(((one, float(rows[one.name]["ratio_to_sequential"])) for one in kept), key=lambda pair: pair[1])
     except (OSError, ValueError, LookupError, TypeError):
         return []
 
@@ -165,6 +166,8 @@ def _reported(path: Path) -> dict[str, Any]:
         return {**facts, "model": model, "dtype": dtype, **sizes}
 
 
+TIMES = "times"
+"""The entry of a pipeline's `meta` with its predicted time a layer and, where it was verified, what was measured."""
 EXPERT_PARALLEL = "-experts"
 """In the names of what was tuned with expert parallelism; what says nothing was tuned without."""
 READABLE = re.compile(rf"(.+)-([^-]+)-r(\d+)({EXPERT_PARALLEL})?-b(\d+)-[0-9a-f]{{12}}\.json$")
