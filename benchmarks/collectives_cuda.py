@@ -1,13 +1,14 @@
 """Collectives between GPUs of one host, by every implementation: alone, and beside a matrix product.
 
-    PYTHONPATH=src python benchmarks/collectives_cuda.py [--ranks 2] [--sizes 0.5 1 … 64] [--only KIND …] [--json FILE]
+    PYTHONPATH=src python benchmarks/collectives_cuda.py [--ranks 2] [--runs 1] [--sizes 0.5 1 … 64] [--json FILE]
+        [--only KIND …]
 
 `all_reduce+norm` is an all-reduce and the RMSNorm that follows it: as two kernels, or (`…_norm`) as one, of so many
 blocks (`--blocks`). It starts its own ranks. A time is the mean of one call in a recording of several, the slowest
-rank's, median of some replays. Beside a product, two numbers say how well the two share the GPU (1: not disturbed at
-all): `P coll` is the collective's time alone over its time beside the product, `P gemm` the product's speed while a
-collective runs, over its speed alone. Every result is checked once against sums that can be computed without
-communication.
+rank's, median of some replays; `--runs` repeats all of it, and the file is written anew after each run. Beside a
+product, two numbers say how well the two share the GPU (1: not disturbed at all): `P coll` is the collective's time
+alone over its time beside the product, `P gemm` the product's speed while a collective runs, over its speed alone.
+Every result is checked once against sums that can be computed without communication.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 from nanoflow.distributed.collectives import LIBRARY, Collectives
@@ -38,8 +42,9 @@ WIDTH = 8192
 
 CALLS = 10
 REPLAYS = 9
-TINY = 2.0**-120
-"""Scale of the random data: a message that is reduced again and again doubles each time, some 190 times in all."""
+SMALL = 2.0**-30
+"""Scale of the random data: each all-reduce of a replay multiplies a message by the number of ranks, so it is made anew
+before each."""
 
 GEMM = (2048, 8192, 7168)
 """Tokens, outputs and inputs of the product beside: a down projection of Llama-3-70B on four ranks."""
@@ -54,6 +59,7 @@ EPS = 1e-5
 class Row:
     """One measurement. `wire_gb_per_s` is what each GPU sends a second, as a ring would."""
 
+    run: int
     collective: str
     implementation: str
     mebibytes: float
@@ -91,7 +97,7 @@ class Bench:
         self.w = torch.randn(n_out, n_in, device=device).to(BF16)
         self.c = torch.empty(n_tokens, n_out, dtype=BF16, device=device)
         self.gemms = self.captured(lambda: torch.mm(self.a, self.w.t(), out=self.c), self.compute, CALLS)
-        self.gemm_us = self.alone_us(self.gemms, self.compute) / CALLS
+        self.gemm_us = self.alone_us(self.gemms, self.compute, lambda: None) / CALLS
 
     def together(self) -> None:
         """All ranks are here, and their GPUs idle."""
@@ -116,19 +122,23 @@ class Bench:
         self.together()
         return graph
 
-    def alone_us(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
-        """Microseconds of a replay: median, slowest rank."""
+    def alone_us(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, prepare: Callable[[], object]) -> float:
+        """Microseconds of a replay: median, slowest rank. `prepare` makes its data."""
         times = []
         for _ in range(REPLAYS):
+            prepare()
             self.together()
             times.append(self.slowest(_timed(graph, stream, 1)()))
         return statistics.median(times)
 
-    def beside_us(self, graph: torch.cuda.CUDAGraph, alone_us: float) -> tuple[float, float]:
+    def beside_us(
+        self, graph: torch.cuda.CUDAGraph, alone_us: float, prepare: Callable[[], object]
+    ) -> tuple[float, float]:
         """(a replay's time while products run all along, what those products take in all)."""
         n_gemms = max(2, round(3 * alone_us / (self.gemm_us * CALLS)) + 1)
         times, wholes = [], []
         for _ in range(REPLAYS):
+            prepare()
             self.together()
             whole = _timed(self.gemms, self.compute, n_gemms)
             mine = _timed(graph, self.network, 1)
@@ -157,19 +167,24 @@ class Bench:
 
         return call
 
-    def measure(self, kind: str, name: str, n_bytes: int) -> Row:
+    def measure(self, kind: str, name: str, n_bytes: int, run: int = 1) -> Row:
         """One collective of messages of `n_bytes` by implementation `name`."""
         ranks = self.groups.size
         message = (self.fused_x if name in self.fused else self.x)[: n_bytes // 2].view(-1, WIDTH)
         whole = self.out[: ranks * n_bytes // 2].view(ranks, -1, WIDTH)
         call = self.call_of(kind, name, message, whole)
         self._check(kind, name, call, message, whole)
-        message.normal_().mul_(TINY)
+
+        def prepare() -> None:
+            message.normal_().mul_(SMALL)
+
+        prepare()
         graph = self.captured(call, self.network, CALLS)
-        alone = self.alone_us(graph, self.network)
-        beside, lost = self.beside_us(graph, alone)
+        alone = self.alone_us(graph, self.network, prepare)
+        beside, lost = self.beside_us(graph, alone, prepare)
         wire = n_bytes * (ranks - 1) * (1 if kind == "all_gather" else 2 / ranks)
         return Row(
+            run=run,
             collective=kind,
             implementation=name,
             mebibytes=n_bytes / 2**20,
@@ -220,43 +235,76 @@ def run_rank(rank: int, args: argparse.Namespace, meeting_place: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     groups = open_groups(Path(meeting_place), rank, args.ranks, device, [0])
-    sizes = [round(mebibytes * 2**20) // (2 * WIDTH) * 2 * WIDTH for mebibytes in args.sizes]
+    sizes = [bytes_of(mebibytes) for mebibytes in args.sizes]
     bench = Bench(groups, device, max(sizes), args.blocks)
-    rows = []
+    rows: list[Row] = []
+    about = _about(args, bench)
     if rank == 0:
-        tflops = 2e-6 * GEMM[0] * GEMM[1] * GEMM[2] / bench.gemm_us
-        print(f"{args.ranks} × {torch.cuda.get_device_name(device)}, torch {torch.__version__}")
-        print(f"product beside: {GEMM[0]}×{GEMM[1]}×{GEMM[2]} bf16, {bench.gemm_us:.0f} us, {tflops:.0f} TFLOP/s")
-        print(
-            "collective      implementation         MiB        us   GB/s a GPU  beside us  P coll  P gemm", flush=True
-        )
-    for kind in args.only:
-        for n_bytes in sizes:
-            for name in bench.implementations(kind):
-                row = bench.measure(kind, name, n_bytes)
-                rows.append(row)
-                if rank == 0:
-                    print(
-                        f"{kind:15} {name:17} {row.mebibytes:8.1f} {row.us:9.1f} {row.wire_gb_per_s:12.0f} "
-                        f"{row.beside_us:10.1f} {row.p_collective:7.2f} {row.p_gemm:7.2f}",
-                        flush=True,
-                    )
-    if rank == 0 and args.json:
-        about = {"device": torch.cuda.get_device_name(device), "ranks": args.ranks, "torch": torch.__version__}
-        Path(args.json).write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        print(f"{args.ranks} × {about['device']}, torch {about['torch']}, NCCL {about['nccl']}")
+        shape = "×".join(map(str, GEMM))
+        print(f"product beside: {shape} bf16, {about['gemm_us']:.0f} us, {about['gemm_tflops']:.0f} TFLOP/s")
+        print(HEAD, flush=True)
+    for run in range(1, args.runs + 1):
+        if rank == 0 and args.runs > 1:
+            print(f"run {run} of {args.runs}", flush=True)
+        for kind in args.only:
+            for n_bytes in sizes:
+                for name in bench.implementations(kind):
+                    rows.append(bench.measure(kind, name, n_bytes, run))
+                    if rank == 0:
+                        print(_line(rows[-1]), flush=True)
+        if rank == 0 and args.json:
+            Path(args.json).write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     bench.together()
     groups.abort()
+
+
+HEAD = "collective      implementation         MiB        us   GB/s a GPU  beside us  P coll  P gemm"
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.collective:15} {row.implementation:17} {row.mebibytes:8.1f} {row.us:9.1f} {row.wire_gb_per_s:12.0f} "
+        f"{row.beside_us:10.1f} {row.p_collective:7.2f} {row.p_gemm:7.2f}"
+    )
+
+
+def _about(args: argparse.Namespace, bench: Bench) -> dict[str, object]:
+    """What the numbers are of."""
+    return {
+        "command": " ".join(sys.argv),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(bench.device),
+        "ranks": args.ranks,
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "triton": triton.__version__,
+        "gemm": GEMM,
+        "gemm_us": bench.gemm_us,
+        "gemm_tflops": 2e-6 * GEMM[0] * GEMM[1] * GEMM[2] / bench.gemm_us,
+    }
+
+
+def bytes_of(mebibytes: float) -> int:
+    """A message of whole rows that has about this size, one row at least."""
+    row_bytes = 2 * WIDTH
+    return max(1, round(mebibytes * 2**20) // row_bytes) * row_bytes
 
 
 def main() -> None:
     """Start the ranks and wait for them; if one fails, end the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=1, help="repeats of everything (default 1)")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 1, 2, 4, 8, 16, 32, 64], metavar="MIB")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds (default: all)")
     parser.add_argument("--blocks", type=int, nargs="+", default=[BLOCKS], help="of the fused kernels")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    if args.ranks < 2 or args.runs < 1 or min(args.sizes) <= 0:
+        parser.error("there must be 2 ranks or more, 1 run or more, and sizes above 0")
+    if torch.cuda.device_count() < args.ranks:
+        parser.error(f"--ranks {args.ranks} needs as many GPUs; here are {torch.cuda.device_count()}")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
