@@ -13,13 +13,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanoflow.core.errors import ConfigError, EngineDeadError, PipelineError, RankFailedError
 from nanoflow.core.sampling import SamplingParams
+from nanoflow.engine import build
 from nanoflow.engine.async_llm import AsyncLLM
 from nanoflow.engine.build import Engine
+from nanoflow.engine.ranks import RankGroup
 from nanoflow.pipeline.graph import layer_graph
 from tests.distributed.pipelines import DENSE_BATCH, overlapped
 from tests.e2e.tiny_models import BACKENDS, make_tiny_engine, prompt_of, save_tiny_model
@@ -137,6 +140,27 @@ def test_a_rank_that_cannot_start_says_so(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RankFailedError, match=r"rank 1 .* has ended with exit code 1"):
         make(folder, tensor_parallel_size=2)
+
+
+def test_a_rank_that_dies_while_rank_0_gets_ready_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that wait for it would wait for ever."""
+    groups: list[RankGroup] = []
+
+    class Seen(RankGroup):
+        def __init__(self, *values: Any, **options: Any) -> None:
+            super().__init__(*values, **options)
+            groups.append(self)
+
+    def waits_for_ever(*_: Any, **__: Any) -> None:
+        os.kill(groups[0].pids[0], signal.SIGKILL)
+        time.sleep(60)
+
+    monkeypatch.setattr(build, "RankGroup", Seen)
+    monkeypatch.setattr(build, "load_and_place", waits_for_ever)
+    began = time.monotonic()
+    with pytest.raises(RankFailedError, match=r"rank 1 .* SIGKILL"):
+        make(folder, tensor_parallel_size=2)
+    assert time.monotonic() - began < 30
 
 
 def test_a_rank_that_fails_says_why(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from nanoflow.analysis.report import RunReport
 from nanoflow.analysis.work import WorkCounter, iteration_work
@@ -129,10 +129,11 @@ def build_engine(config: EngineConfig, *, show_progress: bool = True, also: Coll
     config = config.with_options("device", device=device.kind, kernels=kernels.name, threads=config.device.threads)
     group, rank = (None, None) if ranks == 1 else _gather_ranks(config, files, device, pipeline, also)
     least_work = iteration_work(spec, config.model.dtype, ranks)
+    place = partial(
+        load_and_place, config, files, kernels, device, pipeline, rank, also=also, show_progress=show_progress
+    )
     try:
-        config, executor = load_and_place(
-            config, files, kernels, device, pipeline, rank, also=also, show_progress=show_progress
-        )
+        config, executor = place() if group is None else group.while_it_lives(place)
         mover, link, lower = make_mover(executor, device, pipeline), None, None
         if group is not None:
             link = GroupLink(group)
