@@ -12,9 +12,9 @@ from nanoflow.bench.endpoint import Endpoint
 from nanoflow.bench.load import OK, UNFINISHED, Heard, RequestError, prepare_all, run_load
 from nanoflow.bench.offline import OfflineOptions
 from nanoflow.bench.online import LEAST_REQUESTS, OnlineOptions, Sweep, run_numbers
-from nanoflow.bench.online_runs import offline_endpoint, online_endpoint, online_in_process
+from nanoflow.bench.online_runs import ended_early, offline_endpoint, online_endpoint, online_in_process
 from nanoflow.bench.overhead import stub_endpoint
-from nanoflow.bench.result import BenchKind, ModelInfo, Series, parse_result
+from nanoflow.bench.result import BenchKind, ModelInfo, Run, Series, parse_result
 from nanoflow.bench.show import lines_of, rate_lines
 from nanoflow.bench.stub import Schedule, StubServer, StubTarget
 from nanoflow.bench.sustained import highest_sustained, judged
@@ -86,6 +86,20 @@ def test_what_is_late_is_ended_and_counts_against_the_rate() -> None:
     assert {one.status for one in record.sent} == {UNFINISHED}
     numbers = run_numbers(record, [0.2])
     assert numbers["failed_requests"] == 4 and numbers["sustained"] == 0 and numbers["goodput_rps"] == 0
+
+
+def test_a_wait_too_short_for_the_limit_is_noted() -> None:
+    requests = make_requests("4/50", 4, arrivals=Arrivals("poisson", 100.0))
+    target = StubTarget(Schedule(0.01, 0.05))
+    record = asyncio.run(run_load(target, requests, prepare_all(target, requests, 10, 0), drain_s=0.1))
+    run, options = Run(0, record.elapsed_s, {}, requests=record.columns()), replace(OPTIONS, drain_s=9.0)
+    (note,) = ended_early([run], replace(options, limits_s=(0.1, 0.2)), 50)
+    assert note.startswith(
+        "answers were ended 9 s after the last arrival, but 50 tokens may take 10 s within the limit"
+    )
+    assert not list(ended_early([run], options, 45)), "long enough for 45 tokens of 200 ms"
+    done = replace(run, requests={"status": (OK,)})
+    assert not list(ended_early([done], options, 50)), "nothing was ended"
 
 
 class Refusing(StubTarget):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from nanoflow.bench import environment
 from nanoflow.bench.endpoint import Endpoint
 from nanoflow.bench.inprocess import InProcess
-from nanoflow.bench.load import OK, OnProgress, client_numbers, prepare_all, run_load
+from nanoflow.bench.load import OK, UNFINISHED, OnProgress, client_numbers, prepare_all, run_load
 from nanoflow.bench.metered import Metered
 from nanoflow.bench.numbers import over_runs, throughput_numbers
 from nanoflow.bench.offline import WARM_UP_SEED, OfflineOptions, seeds_of
@@ -175,6 +175,7 @@ def _result(
 ) -> BenchResult:
     """Of the rates that were measured so far."""
     assert sweep.last_requests is not None, "a sweep has at least one rate"
+    runs = [run for series in sweep.series for run in series.runs]
     whole = replace(sweep.last_requests.info, arrivals=options.arrivals, seed=options.seed)
     return BenchResult(
         kind=BenchKind.ONLINE,
@@ -186,11 +187,22 @@ def _result(
         model=model,
         workload=whole,
         series=tuple(sorted(sweep.series, key=lambda series: series.rate_rps or 0.0)),
-        seeds=tuple(sorted({run.seed for series in sweep.series for run in series.runs})),
+        seeds=tuple(sorted({run.seed for run in runs})),
         client=overhead,
         numbers=sweep.highest_sustained_rps(),
-        notes=_failures([run for series in sweep.series for run in series.runs]),
+        notes=(*_failures(runs), *ended_early(runs, options, int(sweep.last_requests.output_tokens.max()))),
     )
+
+
+def ended_early(runs: Sequence[Run], options: OnlineOptions, longest: int) -> Iterator[str]:
+    """Whether what was not answered in time may still have been within the limit: the wait was too short to tell."""
+    limit_s = max(options.limits_s)
+    cut = any(status == UNFINISHED for run in runs for status in run.requests["status"])
+    if cut and options.drain_s < limit_s * longest:
+        yield (
+            f"answers were ended {options.drain_s:g} s after the last arrival, but {longest} tokens may take "
+            f"{limit_s * longest:.3g} s within the limit: raise --drain-seconds, or a rate may seem not sustained"
+        )
 
 
 def _failures(runs: list[Run] | tuple[Run, ...]) -> tuple[str, ...]:
