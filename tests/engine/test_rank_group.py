@@ -94,7 +94,7 @@ def test_an_answer_that_cannot_be_taken_ends_the_group(group: RankGroup, sleeper
     group.on_answer = takes_none
     sleepers.pipes[0].send((1, "what"))
     assert "KeyError: 'what'" in str(within(5.0, group))
-    assert sleepers.processes[0].poll() == -signal.SIGKILL
+    assert sleepers.processes[0].wait(5.0) == -signal.SIGKILL
 
 
 def test_a_process_that_cannot_be_killed_is_left_behind(
