@@ -129,10 +129,12 @@ class Groups:
         try:
             made = work()
         except RuntimeError as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            _log.warning("rank %d: %s", self.rank, reason)
             self._tell_failure(error)
-            raise ConfigError(str(error).splitlines()[0]) from error
+            raise ConfigError(reason) from error
         if not self.smallest(1):
-            raise ConfigError("it failed on another rank, whose log says why")
+            raise ConfigError("it failed on another rank, whose warning says why")
         return made
 
     def _tell_failure(self, cause: RuntimeError) -> None:

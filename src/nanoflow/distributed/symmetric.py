@@ -276,7 +276,7 @@ def open_symmetric(
     except ConfigError as error:
         raise ConfigError(
             f"symmetric memory cannot be had on these GPUs ({error}); use a pipeline without "
-            f"the variants {', '.join(sorted(names))}."
+            f"the variants {', '.join(sorted(set(names) - {default}) or [default])}."
         ) from error
 
     def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
