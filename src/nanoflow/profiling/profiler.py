@@ -206,14 +206,22 @@ class Profiler:
                 value = self._solo(subject, task)
                 if value["time_us"] < self._time(task):
                     self._journal.add(task.key, value)
+        mended: list[SoloTask] = []
         for line in _lines(tasks):
             least = line[-1]
             for task in reversed(line[:-1]):
                 if self._time(task) * (1.0 - TIME_NOISE / 2) > self._time(least):
-                    log.warning("%s was disturbed; it takes the time of %s", task.key, least.key)
+                    log.info("%s was disturbed; it takes the time of %s", task.key, least.key)
+                    mended.append(task)
                     self._journal.add(task.key, {**self._journal.records[task.key], "time_us": self._time(least)})
                 elif self._time(task) < self._time(least):
                     least = task
+        if mended:
+            ops = ", ".join(dict.fromkeys(task.op for task in mended))
+            log.warning(
+                "%d of %d times were disturbed, so they take those of larger sizes (%s); predictions may be off",
+                len(mended), len(tasks), ops,
+            )  # fmt: skip
 
     def _suspects(self, tasks: Sequence[SoloTask]) -> list[SoloTask]:
         """Tasks of wide spread, longer than a larger size or smaller share, or much longer a token than a smaller."""
