@@ -173,7 +173,7 @@ def test_an_ablation_changes_pipelines_on_all_ranks(tuning: Tuning, folder: Path
     assert network.trace is not None and len({span.lane for span in network.trace.spans}) > 1
     assert "several ranks" in by_name[variants.MEMORY].not_applicable
     text = "\n".join(lines_of(result))
-    assert "as predicted from the profile and as measured by tune" in text
+    assert "as predicted from the profile and as measured by tune" in text and " shared by 2 ranks; " in text
     rows = {one["name"]: one for one in tuning.report["candidates"]}
     assert network.pipeline is not None and times_of(network.pipeline) == rows[network.pipeline["name"]]
     for name in (variants.SEQUENTIAL, variants.NANO_BATCHES, variants.NETWORK):

@@ -37,7 +37,9 @@ def lines_of(result: BenchResult) -> Iterator[str]:
     lengths = ", ".join(f"{mean:.0f} ± {deviation:.0f} {side} tokens" for side, mean, deviation in sides)
     yield f"  workload: {lengths}; seed {workload.seed}"
     several = f"{machine.devices} x " if machine.devices > 1 else ""
-    yield f"  machine: {several}{machine.name}; {result.model.dtype or 'dtype unknown'}; {result.target}"
+    ranks = result.engine.get("tensor_parallel_size", 1)
+    shared = f" shared by {ranks} ranks" if ranks > machine.devices else ""
+    yield f"  machine: {several}{machine.name}{shared}; {result.model.dtype or 'dtype unknown'}; {result.target}"
     if result.kind is BenchKind.ONLINE:
         yield from rate_lines(result.series)
         yield from _highest(result)
