@@ -170,6 +170,17 @@ def test_each_of_several_limits_has_its_highest_rate() -> None:
     assert shown[320.0].endswith("not sustained within 200 ms and 100 ms")
 
 
+def test_a_limit_that_no_rate_keeps_ends_the_search() -> None:
+    tried: list[float] = []
+
+    async def probe(rate: float) -> bool:
+        tried.append(rate)
+        return False
+
+    asyncio.run(highest_sustained(probe, {16.0: False}, 0.1, 2.0))
+    assert tried == [8.0, 4.0, 2.0], "else rates are halved until eight requests take hours"
+
+
 def test_an_engine_of_this_process_completes_a_sweep(config: EngineConfig) -> None:
     options = OnlineOptions(workload="12/6", rates=(20.0, 40.0), seconds=0.5, warmup=2, seed=1)
     result = online_in_process(config, options, command=("nanoflow", "bench"))

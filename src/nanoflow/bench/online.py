@@ -115,7 +115,7 @@ class Sweep:
             return bool((await self.measure(rate_rps))[verdict])
 
         known = {one.rate_rps or 0.0: bool(one.numbers[verdict]) for one in self.series}
-        await highest_sustained(probe, known, self._options.resolution)
+        await highest_sustained(probe, known, self._options.resolution, LEAST_REQUESTS / self._options.seconds)
 
     async def measure(self, rate_rps: float) -> dict[str, float]:
         """The numbers of one rate."""

@@ -59,14 +59,19 @@ def highest(rates: Mapping[float, Mapping[str, float]], limits_s: Sequence[float
     return found
 
 
-async def highest_sustained(probe: Probe, known: dict[float, bool], resolution: float) -> None:
-    """Double (or halve) from what is known until the limit is passed, then bisect; fills `known`."""
+async def highest_sustained(probe: Probe, known: dict[float, bool], resolution: float, lowest_rps: float = 0.0) -> None:
+    """Double (or halve) from what is known until the limit is passed, then bisect; fills `known`.
+
+    Halving ends above `lowest_rps`: a limit that one request alone does not keep is kept at no rate.
+    """
     low = max((rate for rate, good in known.items() if good), default=None)
     high = min((rate for rate, good in known.items() if not good and rate > (low or 0.0)), default=None)
     for _ in range(DOUBLINGS):
         if low is not None and high is not None:
             break
         rate = 2.0 * low if low is not None else 0.5 * (high or 1.0)
+        if rate < lowest_rps and low is None:
+            return
         known[rate] = await probe(rate)
         low, high = (rate, high) if known[rate] else (low, rate)
     for _ in range(MOST_BISECTIONS):
