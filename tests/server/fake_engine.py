@@ -95,7 +95,8 @@ class FakeEngine:
     """Answers `ANSWER`, repeated, one character a token, `delay_s` apart.
 
     Last words of the prompt: ERROR ends with finish reason "error" after 3 tokens, BOOM raises an unforeseen
-    exception, DEAD raises `EngineDeadError`, SUBMIT-BOOM fails in `submit`. `max_active` fills the queue.
+    exception, DEAD raises `EngineDeadError`, SUBMIT-BOOM fails in `submit`. `max_active` fills the queue. A `script`
+    is answered once instead, and ends by itself.
     """
 
     def __init__(self, *, delay_s: float = 0.0, max_model_len: int = 4096, max_active: int = 10_000) -> None:
@@ -110,6 +111,7 @@ class FakeEngine:
         self.delay_s = delay_s
         self.max_active = max_active
         self.grammars = Grammars(self.tokenizer, VOCAB, self.tokenizer.eos_ids)
+        self.script: str | None = None
         self.streams: list[FakeStream] = []
         self.params: list[SamplingParams] = []
         self.salts: list[str | None] = []
@@ -182,8 +184,10 @@ class FakeEngine:
 
     def _step(self, stream: FakeStream, params: SamplingParams, position: int, choice: int) -> bool:
         """One token of one choice; true while it goes on. Stop strings end it before they are shown."""
-        text_so_far = (ANSWER * (position // len(ANSWER) + 1))[: position + 1]
+        text_so_far = (self.script or ANSWER * (position // len(ANSWER) + 1))[: position + 1]
         reason: FinishReason | None = "length" if position + 1 == params.max_tokens else None
+        if self.script is not None and position + 1 == len(self.script):
+            reason = "stop"
         hit = next((stop for stop in params.stop if text_so_far.endswith(stop)), None)
         if hit is not None and text_so_far.index(hit) + len(hit) <= position:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import Any
@@ -16,6 +17,17 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 HUGE = 10**400
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def tool(name: str, parameters: Any = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -38,7 +50,33 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{}]}, r"messages\[0\]\.role is missing", "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "must be a string or a list of text parts, not null", "messages[0].content"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "must be one of system", "messages[0].role"),
-    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "Tool results", "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id is missing", "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "must be a string or a list", "messages[0].content"),
+    (
+        {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]},
+        "belongs to messages of role tool",
+        "messages[0].tool_call_id",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+        "belongs to messages of role assistant",
+        "messages[0].tool_calls",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": {"a": 1}}]},
+        "must be a list of calls",
+        "messages[0].tool_calls",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "{"}}]}]},
+        "is not JSON",
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}]},
+        "type must be function, not 'custom'",
+        "messages[0].tool_calls[0].type",
+    ),
     ({"messages": [{"role": "user", "contents": "x"}]}, "did you mean 'content'", "messages[0].contents"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "text parts only", None),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text is missing", None),
@@ -75,7 +113,53 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": HI, "logprobs": 3}, "logprobs must be true or false, not 3", "logprobs"),
     ({"messages": HI, "top_logprobs": 3}, "needs logprobs to be true", "top_logprobs"),
     ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "from 0 to 20", "top_logprobs"),
-    ({"messages": HI, "tools": [{}]}, "Tool calls are not supported", "tools"),
+    ({"messages": HI, "tools": {}}, "tools must be a list of functions, not an object", "tools"),
+    ({"messages": HI, "tools": [5]}, r"tools\[0\] must be an object, not 5", "tools[0]"),
+    ({"messages": HI, "tools": [{}]}, r"tools\[0\].function must be an object, not null", "tools[0].function"),
+    ({"messages": HI, "tools": [{"type": "custom", "custom": {}}]}, "'custom' is not supported", "tools[0].type"),
+    ({"messages": HI, "tools": [tool("")]}, "name is empty", "tools[0].function.name"),
+    ({"messages": HI, "tools": [tool("f"), tool("f")]}, "'f' is the name of two functions", "tools[1].function.name"),
+    ({"messages": HI, "tools": [tool("f", "{}")]}, "must be a JSON schema", "tools[0].function.parameters"),
+    (
+        {"messages": HI, "tools": [tool("f", {"type": "array"})]},
+        "type must be 'object'",
+        "tools[0].function.parameters.type",
+    ),
+    (
+        {"messages": HI, "tools": [tool("f", json.loads('{"a":' * 120 + "1" + "}" * 120))]},
+        "nested too deeply",
+        "tools[0].function.parameters",
+    ),
+    (
+        {"messages": HI, "tools": [tool("f", {"properties": {"a": {"type": "fool"}}})], "tool_choice": "required"},
+        "tools: the JSON schema cannot be followed",
+        "tools",
+    ),
+    ({"messages": HI, "tool_choice": "auto"}, "tool_choice needs tools", "tool_choice"),
+    ({"messages": HI, "tools": [], "tool_choice": named("f")}, "tool_choice needs tools", "tool_choice"),
+    ({"messages": HI, "tools": [tool("f")], "tool_choice": "any"}, "none, auto, required or an object", "tool_choice"),
+    ({"messages": HI, "tools": [tool("f")], "tool_choice": 5}, "tool_choice must be an object, not 5", "tool_choice"),
+    (
+        {"messages": HI, "tools": [tool("f")], "tool_choice": named("g")},
+        "'g' is not among the tools; there are 'f'",
+        "tool_choice.function.name",
+    ),
+    (
+        {"messages": HI, "tools": [tool("f")], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+        "'allowed_tools' is not supported",
+        "tool_choice.type",
+    ),
+    (
+        {"messages": HI, "tools": [tool("f")], "tool_choice": "required", "guided_regex": "a"},
+        "tool_choice and guided_regex ask for structured output",
+        "guided_regex",
+    ),
+    (
+        {"messages": HI, "tools": [tool("f")], "response_format": {"type": "json_object"}},
+        "so no tool could be called",
+        "response_format",
+    ),
+    ({"messages": HI, "functions": [{}]}, "functions is of the API before tools", "functions"),
     ({"messages": HI, "response_format": {"type": "xml"}}, "must be one of text, json_object", "response_format.type"),
     ({"messages": HI, "response_format": "json"}, "response_format must be an object", "response_format"),
     (

@@ -29,7 +29,7 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "x"]), "content": VALUES}),
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "tool", "x"]), "content": VALUES}),
     max_size=3,
 )
 PROMPTS = st.text(max_size=5) | st.lists(st.integers(-1, 13000), max_size=4) | st.lists(st.text(max_size=3), max_size=3)

@@ -14,6 +14,7 @@ from nanoflow.cli.engines import start_engine
 from nanoflow.cli.parser import SentenceParser, add_log_level
 from nanoflow.core.config import EngineConfig, ModelConfig
 from nanoflow.scaleout.config import ScaleoutConfig
+from nanoflow.text.tool_calls.formats import PARSERS
 
 if TYPE_CHECKING:
     from nanoflow.batch.job import BatchJob
@@ -46,6 +47,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--in-flight", metavar="N", type=int, help="most answers at once (default: chosen)")
     group.add_argument("--window", metavar="N", type=int, default=2048, help="requests ordered together (default 2048)")
     group.add_argument("--keep-order", action="store_true", help="send requests in the file's order")
+    group.add_argument(
+        "--tool-call-parser", choices=PARSERS, help="how the model writes calls of tools (default: found by the model)"
+    )
     group.add_argument("--restart", action="store_true", help="drop what OUT.jsonl holds and begin anew")
     group.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options.add_dataclass_options(parser.add_argument_group("replicas on Ray"), ScaleoutConfig)
@@ -95,7 +99,8 @@ def _answer_all(job: BatchJob, config: EngineConfig, args: argparse.Namespace) -
         with ProgressBar(job, engine, show=sys.stderr.isatty()) as bar:
 
             async def answer() -> None:
-                await BatchRunner(job, offline_responder(engine), limits, bar.update).run()
+                responder = offline_responder(engine, tool_call_parser=args.tool_call_parser)
+                await BatchRunner(job, responder, limits, bar.update).run()
 
             asyncio.run(answer())
             return bar.report()

@@ -16,6 +16,7 @@ from typing import Any
 from nanoflow.core import config
 from nanoflow.core.errors import ConfigError
 from nanoflow.core.sampling import SamplingParams
+from nanoflow.text.tool_calls.formats import PARSERS
 
 SECTIONS = (config.ModelConfig, config.CacheConfig, config.SchedulerConfig, config.DeviceConfig, config.EngineConfig)
 CHOICES = {
@@ -23,6 +24,7 @@ CHOICES = {
     "load_format": config.LOAD_FORMATS,
     "device": config.DEVICES,
     "kernels": config.KERNELS,
+    "tool_call_parser": PARSERS,
 }
 SAMPLING_HELP = {
     "n": "answers to each prompt",
@@ -43,6 +45,7 @@ SAMPLING_HELP = {
     "logprobs": "also give log-probabilities of the chosen and the k likeliest tokens",
     "prompt_logprobs": "also score the prompt, with k alternatives a token",
     "skip_special_tokens": "leave special tokens out of the text",
+    "shown_special_ids": "but leave this one in, by its id (repeatable)",
     "structured": "what each answer must match: a JSON object with json, json_object, regex, choice or grammar",
 }
 _SHORT = {"tensor_parallel_size": "--tp"}
@@ -108,7 +111,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> No
             )
         elif name == "structured":
             group.add_argument(flag(name), metavar="JSON", type=_json_object, default=argparse.SUPPRESS, help=text)
-        elif name in ("stop", "stop_token_ids"):
+        elif name in ("stop", "stop_token_ids", "shown_special_ids"):
             plain = str if name == "stop" else int
             group.add_argument(
                 flag(name), metavar=_METAVARS[plain], type=plain, action="append", default=argparse.SUPPRESS, help=text

@@ -20,8 +20,9 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. `seed` makes a request repeatable whatever
     else is in the batch. `logprobs` k returns the chosen token's log-probability and those of the k likeliest ones,
     from the model's distribution before temperature, penalties and truncation. `max_tokens` None means: as many as
-    the context allows. `structured` is what the whole text must match; a mapping of its fields becomes one. Raises
-    `InvalidRequestError` naming the field.
+    the context allows. `shown_special_ids` are special tokens that `skip_special_tokens` leaves in the text (a tool
+    call's marker may be one). `structured` is what the whole text must match; a mapping of its fields becomes one.
+    Raises `InvalidRequestError` naming the field.
     """
 
     n: int = 1
@@ -43,6 +44,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_ids: Sequence[int] = ()
     structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "shown_special_ids", tuple(self.shown_special_ids or ()))
         self._check_counts()
         self._check_distribution()
         self._check_stops()
@@ -93,6 +96,8 @@ class SamplingParams:
                 raise InvalidRequestError("stop must hold non-empty strings; drop the empty ones.", "stop")
         for token in self.stop_token_ids:
             _require_int("stop_token_ids", token, 0)
+        for token in self.shown_special_ids:
+            _require_int("shown_special_ids", token, 0)
         if self.structured is not None:
             object.__setattr__(self, "structured", _structured(self.structured))
 

@@ -28,6 +28,8 @@ from nanoflow.engine.outputs import request_output
 from nanoflow.engine.sequence import Sequence
 from nanoflow.engine.submission import Prompt
 from nanoflow.text.base import Tokenizer
+from nanoflow.text.tool_calls.prompt import checked_tools, render_with_tools, uses_tools
+from nanoflow.text.tool_calls.style import style_of
 
 Message = Mapping[str, Any]
 
@@ -111,26 +113,31 @@ class LLM:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        tools: SequenceOf[Message] | None = None,
         cache_salt: str | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several (a list of such lists) by the chat template.
 
+        `tools`, in OpenAI's form, are told to the model; its calls stay text (`text/tool_calls/reader.py` reads them).
         Only conversations with equal `cache_salt` share KV pages.
         """
         conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        rendered = [
-            self.tokenizer.render_chat(
-                conversation, add_generation_prompt=add_generation_prompt, chat_template=chat_template
-            )
-            for conversation in conversations
-        ]
+        options = {"add_generation_prompt": add_generation_prompt, "chat_template": chat_template}
+        rendered = [self._rendered(conversation, tools or (), options) for conversation in conversations]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in rendered]
         prompts = [{"prompt_token_ids": one, "cache_salt": cache_salt} for one in ids]
         outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
         for output, text in zip(outputs, rendered, strict=True):
             output.prompt = text
         return outputs
+
+    def _rendered(self, messages: SequenceOf[Message], tools: SequenceOf[Message], options: dict[str, Any]) -> str:
+        """The prompt of one conversation."""
+        if not tools and not uses_tools(messages):
+            return self.tokenizer.render_chat(messages, **options)
+        style = style_of(self.tokenizer, chat_template=options["chat_template"])
+        return render_with_tools(self.tokenizer, style, messages, checked_tools(tools), options)
 
     def shutdown(self) -> None:
         """Keep KV pages where the config says, then stop the device's lanes. Idempotent.

@@ -14,7 +14,9 @@ class TextStream:
     """Feeds tokens, yields text that will not be taken back. One a sequence; not thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=params.skip_special_tokens, shown_ids=params.shown_special_ids
+        )
         self._stops = StopChecker(params.stop, include_stop=params.include_stop_str_in_output) if params.stop else None
 
     def feed(

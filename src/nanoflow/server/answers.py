@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from nanoflow.core.request import CompletionOutput, OutputDelta, TokenLogprobs
 from nanoflow.server import logprobs as shapes
+from nanoflow.server.calls import CallShape, ChoiceCalls, whole_message
 from nanoflow.server.errors import encode_json
 from nanoflow.text.base import Tokenizer
 
@@ -82,11 +83,24 @@ class Answer(ABC):
 
 
 class ChatAnswer(Answer):
-    """`/v1/chat/completions`."""
+    """`/v1/chat/completions`. With `calls`, calls of tools are read out of the text."""
 
     id_prefix = "chatcmpl"
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        n_logprobs: int | None = None,
+        include_usage: bool = False,
+        calls: CallShape | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, n_logprobs=n_logprobs, include_usage=include_usage)
+        self._shape = calls
+        self._calls: dict[int, ChoiceCalls] = {}
 
     def opening(self, n_choices: int) -> list[bytes]:
         first = {"role": "assistant", "content": ""}
@@ -97,20 +111,39 @@ class ChatAnswer(Answer):
 
     def chunks(self, delta: OutputDelta) -> list[bytes]:
         logprobs = self._logprobs(delta.token_ids, delta.logprobs)
-        if not delta.text and delta.finish_reason is None and not logprobs:
+        text, called, reason = self._read(delta)
+        if not text and not called and reason is None and not logprobs:
             return []
-        gained = {"content": delta.text} if delta.text or logprobs else {}
-        choice = {"index": delta.index, "delta": gained, "logprobs": logprobs, "finish_reason": delta.finish_reason}
-        if delta.finish_reason is not None:
+        gained: dict[str, Any] = {"content": text} if text or (logprobs and not called) else {}
+        if called:
+            gained["tool_calls"] = called
+        choice = {"index": delta.index, "delta": gained, "logprobs": logprobs, "finish_reason": reason}
+        if reason is not None:
             choice["stop_reason"] = delta.stop_reason
         return [self._chunk(choice)]
 
+    def _read(self, delta: OutputDelta) -> tuple[str, list[dict[str, Any]], str | None]:
+        """The content, the deltas of calls and the finish reason of a chunk."""
+        if self._shape is None:
+            return delta.text, [], delta.finish_reason
+        calls = self._calls.get(delta.index)
+        if calls is None:
+            calls = self._calls[delta.index] = ChoiceCalls(self._shape)
+        text, called = calls.take(delta.text, last=delta.finish_reason is not None)
+        return text, called, calls.finish_reason(delta.finish_reason)
+
     def choice(self, output: CompletionOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
+        reason: str | None = output.finish_reason
+        if self._shape is not None:
+            calls = ChoiceCalls(self._shape)
+            message = whole_message(calls, output.text)
+            reason = calls.finish_reason(reason)
         return {
             "index": output.index,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(output.token_ids, output.logprobs),
-            "finish_reason": output.finish_reason,
+            "finish_reason": reason,
             "stop_reason": output.stop_reason,
         }
 

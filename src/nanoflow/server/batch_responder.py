@@ -80,9 +80,9 @@ class EngineResponder:
         return endpoint
 
 
-def offline_responder(engine: Engine) -> EngineResponder:
-    """A responder for an engine without a server."""
-    config, metrics = ServerConfig(api_key=None), Metrics(engine)
+def offline_responder(engine: Engine, *, tool_call_parser: str | None = None) -> EngineResponder:
+    """A responder for an engine without a server; `tool_call_parser` is the server's option."""
+    config, metrics = ServerConfig(api_key=None, tool_call_parser=tool_call_parser), Metrics(engine)
     return EngineResponder(engine, generation_endpoints(engine, config, metrics))
 
 

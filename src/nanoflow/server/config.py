@@ -7,6 +7,7 @@ from typing import Any
 
 from nanoflow.core import env
 from nanoflow.core.errors import ConfigError
+from nanoflow.text.tool_calls.formats import PARSERS
 
 
 def _doc(text: str, **kwargs: Any) -> Any:
@@ -36,6 +37,9 @@ class ServerConfig:
     max_file_bytes: int = _doc("largest uploaded file in bytes", default=1 << 30)
     restart_on_failure: bool = _doc("start the whole server again when its engine has failed", default=False)
     batch_in_flight: int | None = _doc("most choices of batches in the engine at once", default=None)
+    tool_call_parser: str | None = _doc(
+        "how the model writes calls of tools: hermes, llama3_json or mistral; with none they stay text", default=None
+    )
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -51,6 +55,8 @@ class ServerConfig:
             raise ConfigError(f"batch_in_flight must be at least 1, not {self.batch_in_flight}.")
         if not self.drain_s >= 0:
             raise ConfigError(f"drain_s must be at least 0, not {self.drain_s}.")
+        if self.tool_call_parser is not None and self.tool_call_parser not in PARSERS:
+            raise ConfigError(f"tool_call_parser must be one of {', '.join(PARSERS)}, not {self.tool_call_parser!r}.")
         for name in ("receive_timeout_s", "send_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}.")

@@ -9,11 +9,13 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
 from nanoflow.core.errors import InvalidRequestError
+from nanoflow.core.log import get_logger
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.server import parsing
 from nanoflow.server.answers import Answer, ChatAnswer, CompletionAnswer
@@ -26,6 +28,11 @@ from nanoflow.server.generation import Generation
 from nanoflow.server.metrics import Metrics
 from nanoflow.server.protocol import ChatRequest, CompletionRequest, GenerationFields
 from nanoflow.server.structure import with_structure
+from nanoflow.server.tools import Tools, tools_of
+from nanoflow.text.tool_calls.prompt import render_with_tools, uses_tools
+from nanoflow.text.tool_calls.style import ToolStyle, style_of
+
+log = get_logger(__name__)
 
 DEFAULT_COMPLETION_TOKENS = 16
 _LONG_TEXT_CHARS = 8192
@@ -116,11 +123,22 @@ async def off_loop(n_chars: int, work: Callable[[], T]) -> T:
 class ChatEndpoint(GenerationEndpoint):
     """`POST /v1/chat/completions`."""
 
+    @cached_property
+    def style(self) -> ToolStyle:
+        """How this model is told of tools and calls them."""
+        style = style_of(self.engine.tokenizer, self.config.tool_call_parser)
+        told = (
+            "its chat template knows tools" if style.native else "its chat template knows no tools, a text of ours does"
+        )
+        log.info("Calls of tools are %s; %s.", f"read as {style.format.name}" if style.reads else "left as text", told)
+        return style
+
     async def prepare(self, body: dict[str, Any]) -> Job:
         request = parsing.parse(ChatRequest, body)
         self.check_model(request)
         options = parsing.stream_options(request)
         messages = parsing.messages_of(request)
+        tools = tools_of(request, lambda: self.style)
         wanted = request.max_completion_tokens
         if wanted is None:
             wanted = request.max_tokens
@@ -132,19 +150,23 @@ class ChatEndpoint(GenerationEndpoint):
             max_n=self.config.max_n,
             vocab_size=self.engine.spec.vocab_size,
         )
-        n_chars = sum(len(message["content"]) for message in messages)
-        ids = await off_loop(n_chars, lambda: self._tokenise(request, messages))
+        ids = await off_loop(_n_chars(messages, tools), lambda: self._tokenise(request, messages, tools))
         if not ids:
             raise bad_request("messages hold no text; send at least one message with some.", "messages")
         params = replace(params, max_tokens=self.fit(len(ids), wanted, None, "messages"))
-        params = await with_structure(params, request, self.engine)
+        params = await with_structure(params, request, self.engine, tools)
         answer = ChatAnswer(
-            self.model, self.engine.tokenizer, n_logprobs=logprobs, include_usage=bool(options.include_usage)
+            self.model,
+            self.engine.tokenizer,
+            n_logprobs=logprobs,
+            include_usage=bool(options.include_usage),
+            calls=None if tools is None else tools.shape(),
         )
         priority = parsing.priority_of(request)
+        params = params if tools is None else tools.visible(params)
         return Job([(ids, params)], answer, bool(request.stream), parsing.cache_salt_of(request), priority)
 
-    def _tokenise(self, request: ChatRequest, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def _tokenise(self, request: ChatRequest, messages: Sequence[dict[str, Any]], tools: Tools | None) -> list[int]:
         tokenizer = self.engine.tokenizer
         if not tokenizer.has_chat_template:
             raise bad_request("This model has no chat template; use /v1/completions.")
@@ -152,9 +174,20 @@ class ChatEndpoint(GenerationEndpoint):
         for name in _RESERVED_TEMPLATE_ARGS:
             if name in extra:
                 raise bad_request(f"chat_template_kwargs must not hold {name!r}; remove it.", "chat_template_kwargs")
-        add = request.add_generation_prompt is not False
-        text = tokenizer.render_chat(messages, add_generation_prompt=add, **extra)
+        options = {**extra, "add_generation_prompt": request.add_generation_prompt is not False}
+        if tools is None and not uses_tools(messages):
+            text = tokenizer.render_chat(messages, **options)
+        else:
+            items, required, named = ((), False, None) if tools is None else (tools.items, tools.required, tools.named)
+            text = render_with_tools(tokenizer, self.style, messages, items, options, required=required, named=named)
         return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _n_chars(messages: Sequence[dict[str, Any]], tools: Tools | None) -> int:
+    """About how much text the prompt will have."""
+    calls = sum(len(str(message["tool_calls"])) for message in messages if "tool_calls" in message)
+    listed = 0 if tools is None else len(str(tools.items))
+    return sum(len(message["content"]) for message in messages) + calls + listed
 
 
 def _chat_logprobs(request: ChatRequest) -> int | None:

@@ -17,10 +17,12 @@ from nanoflow.core.sampling import SamplingParams
 from nanoflow.server.errors import ApiError, bad_request
 from nanoflow.server.protocol import (
     REFUSED,
+    CalledFunction,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
     GenerationFields,
+    MessageCall,
     StreamOptions,
     StrictModel,
     TextPart,
@@ -40,7 +42,7 @@ _EXPECTED = {
     "int_parsing_size": "a whole number of at most 64 bits",
 }
 _JSON_NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an object", type(None): "null"}
-_ROLES = ("system", "developer", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _PASSED_ON = (
     *("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p"),
     *("repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens"),
@@ -157,7 +159,7 @@ def check_token_ids(ids: Sequence[Any], vocab_size: int, path: str) -> None:
 
 
 def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
-    """The messages as the chat template wants them: role, content as one text, name where given."""
+    """The messages as the chat template wants them: role, content as one text, name, calls and their ids if given."""
     if not isinstance(request.messages, list):
         raise bad_request(f"messages must be a list of messages, not {shown(request.messages)}.", "messages")
     if not request.messages:
@@ -171,8 +173,38 @@ def _message(item: Any, path: str) -> dict[str, Any]:
         raise bad_request(f"{path}.role must be one of {', '.join(_ROLES)}, not {message.role[:40]!r}.", f"{path}.role")
     role = "system" if message.role == "developer" else message.role
     content = "" if message.content is None and role == "assistant" else _content(message.content, f"{path}.content")
-    rendered = {"role": role, "content": content}
-    return rendered if message.name is None else rendered | {"name": message.name}
+    rendered: dict[str, Any] = {"role": role, "content": content}
+    if message.name is not None:
+        rendered["name"] = message.name
+    if message.tool_calls:
+        rendered["tool_calls"] = _calls(message, path)
+    if role == "tool" and message.tool_call_id is None:
+        raise bad_request(f"{path}.tool_call_id is missing; name the call that this answers.", f"{path}.tool_call_id")
+    if message.tool_call_id is not None:
+        if role != "tool":
+            here = f"{path}.tool_call_id"
+            raise bad_request(f"{here} belongs to messages of role tool; leave it out.", here)
+        rendered["tool_call_id"] = message.tool_call_id
+    return rendered
+
+
+def _calls(message: ChatMessage, path: str) -> list[dict[str, Any]]:
+    """The calls that a message of the assistant made; their arguments stay text here."""
+    path = f"{path}.tool_calls"
+    if message.role != "assistant":
+        raise bad_request(f"{path} belongs to messages of role assistant; leave it out.", path)
+    if not isinstance(message.tool_calls, list):
+        raise bad_request(f"{path} must be a list of calls, not {shown(message.tool_calls)}.", path)
+    calls = []
+    for index, item in enumerate(message.tool_calls):
+        here = f"{path}[{index}]"
+        call = parse(MessageCall, item, here)
+        if call.type != "function":
+            raise bad_request(f"{here}.type must be function, not {call.type[:40]!r}.", f"{here}.type")
+        function = parse(CalledFunction, call.function, f"{here}.function")
+        named = {"name": function.name, "arguments": function.arguments}
+        calls.append({"id": call.id, "type": "function", "function": named})
+    return calls
 
 
 def _content(content: Any, path: str) -> str:

@@ -88,6 +88,7 @@ class ChatRequest(GenerationFields):
     add_generation_prompt: bool | None = None
     tools: Any = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -106,7 +107,7 @@ class CompletionRequest(GenerationFields):
 
 
 class ChatMessage(StrictModel):
-    """One message. The last row of fields is what clients send back from an answer they got."""
+    """One message. From `refusal` on, the fields are what clients send back from an answer they got."""
 
     role: str
     content: Any = None
@@ -114,9 +115,47 @@ class ChatMessage(StrictModel):
     refusal: Any = None
     annotations: Any = None
     tool_calls: Any = None
-    tool_call_id: Any = None
+    tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
+    parsed: Any = None
+
+
+class ToolField(StrictModel):
+    """An item of `tools`, a `tool_choice` of one function, or a call that a message made, by what `function` holds."""
+
+    type: str = "function"
+    function: Any = None
+
+
+class MessageCall(ToolField):
+    """A call in a message of the assistant. `index` is what streams add."""
+
+    id: str
+    index: int | None = None
+
+
+class FunctionFields(StrictModel):
+    """A function that may be called. `strict` is met where the answer is forced to call, see docs/tool-calls.md."""
+
+    name: str
+    description: str | None = None
+    parameters: Any = None
+    strict: bool | None = None
+
+
+class FunctionName(StrictModel):
+    """The function of a `tool_choice`."""
+
+    name: str
+
+
+class CalledFunction(StrictModel):
+    """The function of a call; `parsed_arguments` is what OpenAI's client adds to its own copies."""
+
+    name: str
+    arguments: str
+    parsed_arguments: Any = None
 
 
 class TextPart(StrictModel):
@@ -153,10 +192,8 @@ class StructuredFields(StrictModel):
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": (([],), "Tool calls are not supported; leave tools out."),
-    "tool_choice": (("none", "auto"), "Tool calls are not supported; leave tool_choice out."),
-    "functions": (([],), "Function calls are not supported; leave functions out."),
-    "function_call": (("none", "auto"), "Function calls are not supported; leave function_call out."),
+    "functions": (([],), "functions is of the API before tools and not supported; send them as tools."),
+    "function_call": (("none", "auto"), "function_call is of the API before tools and not supported; use tool_choice."),
     "modalities": ((["text"],), 'Only text is produced; leave modalities out or send ["text"].'),
     "audio": ((), "Audio is not supported; leave audio out."),
     "web_search_options": ((), "Web search is not supported; leave web_search_options out."),
@@ -166,7 +203,5 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "truncate_prompt_tokens": ((), "Prompts are never cut; shorten the prompt and leave truncate_prompt_tokens out."),
     "reasoning_effort": ((), "reasoning_effort has no meaning for this model; leave it out."),
     "verbosity": (("medium",), "verbosity has no meaning for this model; leave it out."),
-    "tool_calls": (([],), "Messages with tool calls are not supported; send their text only."),
-    "tool_call_id": ((), "Tool results are not supported; send them as the text of a user message."),
 }
 """Field → the values that change nothing (and are let through besides null), and the sentence for all others."""

@@ -16,28 +16,46 @@ from nanoflow.server.engine_api import Engine
 from nanoflow.server.errors import bad_request
 from nanoflow.server.parsing import parse, shown
 from nanoflow.server.protocol import GenerationFields, JsonSchemaFormat, ResponseFormat, StructuredFields
+from nanoflow.server.tools import Tools
 
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _FORMATS = ("text", "json_object", "json_schema")
 
 
-async def with_structure(params: SamplingParams, request: GenerationFields, engine: Engine) -> SamplingParams:
+async def with_structure(
+    params: SamplingParams, request: GenerationFields, engine: Engine, tools: Tools | None = None
+) -> SamplingParams:
     """`params` with what the request asks its answer to match, compiled in a thread so that `submit` finds it ready.
 
-    Raises a 400 that says what is wrong with it.
+    That may be that it calls `tools`. Raises a 400 that says what is wrong with it.
     """
     asked = _asked(request)
-    if asked is None:
+    if asked is not None and tools is not None:
+        _check_beside_tools(asked[0], tools)
+    forced = tools.structure() if tools is not None else None
+    if asked is None and forced is None:
         return params
-    name, values = asked
+    name, values = asked or ("tools", {})
     try:
-        wanted = StructuredOutput(**values)
+        wanted = forced or StructuredOutput(**values)
         await asyncio.to_thread(engine.prepare, wanted)
     except ConfigError as exc:
         raise bad_request(f"This server cannot do it: {exc}", name, "unsupported_value") from None
     except InvalidRequestError as exc:
         raise bad_request(f"{name}: {exc}", name) from None
     return replace(params, structured=wanted)
+
+
+def _check_beside_tools(name: str, tools: Tools) -> None:
+    """Structured output holds the whole answer, so none of it could be a call (or all of it must be calls)."""
+    if tools.forced:
+        raise bad_request(f"tool_choice and {name} ask for structured output; leave out all but one.", name)
+    if tools.style.reads:
+        raise bad_request(
+            f"{name} holds the whole answer to a shape, so no tool could be called; "
+            f"leave {name} out, or send tool_choice none.",
+            name,
+        )
 
 
 def _asked(request: GenerationFields) -> tuple[str, dict[str, Any]] | None:

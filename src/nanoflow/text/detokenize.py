@@ -8,24 +8,31 @@ came before.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from weakref import WeakKeyDictionary
 
 from nanoflow.text.base import Tokenizer
 
 _new_decoder = codecs.getincrementaldecoder("utf-8")
-_tables: WeakKeyDictionary[Tokenizer, tuple[dict[int, bytes], dict[int, bytes]]] = WeakKeyDictionary()
+_Hidden = tuple[bool, frozenset[int]]  # whether special tokens are, and which of them are shown all the same
+_tables: WeakKeyDictionary[Tokenizer, dict[_Hidden, dict[int, bytes]]] = WeakKeyDictionary()
 
 
 class IncrementalDetokenizer:
-    """Turns the tokens of one sequence into text: `push` as they come, `finish` once at the end."""
+    """Turns the tokens of one sequence into text: `push` as they come, `finish` once at the end.
 
-    __slots__ = ("_at_start", "_decoder", "_skip_special", "_table", "_tokenizer")
+    `shown_ids` are special tokens that are written even if others are skipped.
+    """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    __slots__ = ("_at_start", "_decoder", "_shown_ids", "_skip_special", "_table", "_tokenizer")
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, shown_ids: Collection[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
-        self._table = _tables.setdefault(tokenizer, ({}, {}))[skip_special_tokens]
+        self._shown_ids = frozenset(shown_ids)
+        self._table = _tables.setdefault(tokenizer, {}).setdefault((skip_special_tokens, self._shown_ids), {})
         self._decoder = _new_decoder("replace")
         self._at_start = True
 
@@ -43,7 +50,7 @@ class IncrementalDetokenizer:
         """Bytes of a token, none if it is special and special ones are skipped; remembered for the tokenizer."""
         tokenizer = self._tokenizer
         piece = tokenizer.token_bytes(token)
-        if piece and self._skip_special:
+        if piece and self._skip_special and token not in self._shown_ids:
             skipped = not tokenizer.decode([token], skip_special_tokens=True)
             if skipped and tokenizer.decode([token], skip_special_tokens=False):
                 piece = b""
