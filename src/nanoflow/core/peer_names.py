@@ -31,6 +31,7 @@ NEEDLESS: dict[str, str] = {
     "disable_log_requests": "requests are not logged; leave it out",
     "model": "MODEL stands alone, without a flag",
     "model_path": "MODEL stands alone, without a flag",
+    "enable_auto_tool_choice": "models may always choose to call tools; leave it out",
     "quantization": "products are computed in dtype, those of a quantised .gguf file too; leave it out",
     "kv_cache_dtype": "the KV cache has the model's dtype; leave it out",
     "swap_space": "kv_dram_bytes, in bytes, keeps KV pages in the host's memory",

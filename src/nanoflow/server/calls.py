@@ -14,7 +14,7 @@ from nanoflow.text.tool_calls.reader import CallReader
 class CallShape:
     """What is read of each choice. `ends_by_calls`: an answer that called has finish reason `tool_calls`.
 
-    Where the request names the function, it does not: OpenAI's and vLLM's servers say `stop` there.
+    Where the request names the function it has `stop` all the same, as in vLLM (its pull request 25054).
     """
 
     new_reader: Callable[[], CallReader]
