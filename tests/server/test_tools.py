@@ -129,7 +129,7 @@ def test_required_and_named_calls(fake: RunningServer, client: openai.OpenAI) ->
     fake.engine.script = '{"city": "Ulm"}'
     choice = client.chat.completions.create(**ASK, tool_choice=NAMED).choices[0]
     assert (choice.message.content, calls_of(choice.message), choice.finish_reason) == (None, expected[:1], "stop")
-    assert fake.engine.params[-1].structured == StructuredOutput(json=PARAMETERS)
+    assert fake.engine.params[-1].structured == StructuredOutput(json={**PARAMETERS, "additionalProperties": False})
     _, made, reason = streamed(client, tool_choice=NAMED)[0]
     assert ([(name, arguments) for _, name, arguments in made], reason) == (expected[:1], "stop")
 

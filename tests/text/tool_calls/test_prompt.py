@@ -71,7 +71,7 @@ def test_a_template_without_tools_gets_a_text_of_ours() -> None:
     ]
     text = prompt(SILENT, talk)
     assert text.startswith("<system>Be brief.\n\nYou can call functions.")
-    assert '{"parameters": {"type": "object", "properties": {}}, "name": "now", "description": "The time."}' in text
+    assert '{"name": "now", "description": "The time.", "parameters": {"type": "object", "properties": {}}}' in text
     assert '<tool_call>\n{"name": "function_name", "arguments": {"argument": "value"}}\n</tool_call>' in text
     weather, now = '{"name": "weather", "arguments": {"city": "Köln"}}', '{"name": "now", "arguments": {}}'
     marked = [f"<tool_call>\n{call}\n</tool_call>" for call in (weather, now)]

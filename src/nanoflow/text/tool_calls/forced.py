@@ -13,11 +13,11 @@ from typing import Any
 from nanoflow.core.structured import StructuredOutput
 from nanoflow.text.tool_calls.extent import JsonExtent
 from nanoflow.text.tool_calls.formats import CallFormat, CallPart, Piece
+from nanoflow.text.tool_calls.schemas import closed, moved
 
 Function = Mapping[str, Any]
 """`name`, and perhaps `description` and `parameters` (a JSON schema of an object)."""
 
-_DATA = ("const", "enum", "default", "examples")
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _BETWEEN = re.compile(r"[\s\[,]*")
 _TAIL = re.compile(r"\s*\}")
@@ -33,7 +33,7 @@ def required_output(functions: Sequence[Function], format: CallFormat, *, parall
     key = format.arguments_key
     definitions, calls = {}, []
     for place, function in enumerate(functions):
-        definitions[str(place)] = _moved(_parameters(function), f"#/$defs/{place}")
+        definitions[str(place)] = moved(_parameters(function), f"#/$defs/{place}")
         properties = {"name": {"const": function["name"]}, key: {"$ref": f"#/$defs/{place}"}}
         calls.append(
             {"type": "object", "properties": properties, "required": ["name", key], "additionalProperties": False}
@@ -44,26 +44,8 @@ def required_output(functions: Sequence[Function], format: CallFormat, *, parall
 
 
 def _parameters(function: Function) -> dict[str, Any]:
-    """A schema of an object: that of the arguments."""
-    parameters = function.get("parameters")
-    if parameters is None:
-        return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {"type": "object", **parameters}
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """`schema` with its references to itself, made for the top of a document, pointing below `place`."""
-    if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            moved[key] = place + value[1:]
-        elif key != "$schema":
-            moved[key] = value if key in _DATA else _moved(value, place)
-    return moved
+    """A schema of an object: that of the arguments, with no others than those that it lists."""
+    return closed({"type": "object", **(function.get("parameters") or {"properties": {}})})
 
 
 class NamedReader:

@@ -111,7 +111,8 @@ def _with_object(call: Mapping[str, Any], path: str) -> dict[str, Any]:
 def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
     """A tool as templates know it: with parameters, without `strict`."""
     function = {key: value for key, value in tool["function"].items() if key != "strict" and value is not None}
-    return {"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, **function}}
+    function.setdefault("parameters", {"type": "object", "properties": {}})
+    return {"type": "function", "function": function}
 
 
 def _with_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
