@@ -139,4 +139,4 @@ def test_the_python_api_tells_the_model_of_tools(llm: LLM) -> None:
         0
     ]
     assert output.prompt is not None and output.outputs[0].text
-    assert '"name": "get_weather"' in output.prompt and "<tool_response>\nNoon.\n</tool_response>" in output.prompt
+    assert '"name": "get_weather"' in output.prompt and "The function get_time gave: Noon." in output.prompt

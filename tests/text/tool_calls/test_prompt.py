@@ -67,7 +67,11 @@ def test_a_template_s_refusal_is_the_request_s() -> None:
 def test_a_template_without_tools_gets_a_text_of_ours() -> None:
     talk = [
         *({"role": "system", "content": "Be brief."}, ASK, calling(("weather", '{"city": "Köln"}'), ("now", "{}"))),
-        *(result("21 °C"), result([{"type": "text", "text": "noon"}]), calling(("now", "{}"), content="Again:")),  # type: ignore[arg-type]
+        *(
+            result("21 °C"),
+            result([{"type": "text", "text": "noon"}], "unknown"),
+            calling(("now", "{}"), content="Again:"),
+        ),  # type: ignore[arg-type]
     ]
     text = prompt(SILENT, talk)
     assert text.startswith("<system>Be brief.\n\nYou can call functions.")
@@ -75,8 +79,8 @@ def test_a_template_without_tools_gets_a_text_of_ours() -> None:
     assert '<tool_call>\n{"name": "function_name", "arguments": {"argument": "value"}}\n</tool_call>' in text
     weather, now = '{"name": "weather", "arguments": {"city": "Köln"}}', '{"name": "now", "arguments": {}}'
     marked = [f"<tool_call>\n{call}\n</tool_call>" for call in (weather, now)]
-    assert f"<user>Köln?\n<assistant>{marked[0]}\n{marked[1]}\n<user><tool_response>\n21 °C\n</tool_response>\n" in text
-    assert f"<tool_response>\nnoon\n</tool_response>\n<assistant>Again:\n{marked[1]}\n" in text
+    assert f"<user>Köln?\n<assistant>{marked[0]}\n{marked[1]}\n<user>The function now gave: 21 °C\n" in text
+    assert f"The function gave: noon\n<assistant>Again:\n{marked[1]}\n" in text
 
 
 def test_a_forced_answer_is_explained() -> None:

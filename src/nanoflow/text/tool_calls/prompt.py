@@ -20,7 +20,7 @@ Message = Mapping[str, Any]
 
 _LIST = "You can call functions. These are available, each described by a line of JSON:"
 _HOW = "To call one, write its name and arguments as JSON, like this:"
-_RESULTS = "Results come back between <tool_response> and </tool_response>. Where no function helps, answer in words."
+_RESULTS = "What it gave comes in the next message. Where no function helps, answer in words."
 _MUST = "Answer with a JSON array of calls, each an object with name and {key}, and nothing else."
 _MUST_ONE = "Call the function {name} now: answer with a JSON object of its arguments, and nothing else."
 
@@ -65,10 +65,10 @@ def render_with_tools(
     `named` that it will be the arguments of this function. Raises `InvalidRequestError` if arguments are no JSON
     object, or if the template refuses the messages.
     """
-    plain = _with_objects(normalise_messages(messages))
+    plain = _with_names(_with_objects(normalise_messages(messages)))
     if style.native:
         given = {**options, "tools": [_described(tool) for tool in tools]} if tools else options
-        return tokenizer.render_chat(_with_names(plain), **given)
+        return tokenizer.render_chat(plain, **given)
     plain = _as_text(plain, style.format)
     if tools:
         plain = _with_system(plain, _instructions(tools, style.format, required, named))
@@ -76,19 +76,19 @@ def render_with_tools(
 
 
 def _with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of the messages in which the arguments of calls are objects."""
+    """The messages, with objects as the arguments of calls."""
     return [
-        dict(message)
-        if not message.get("tool_calls")
-        else {
-            **message,
-            "tool_calls": [
-                _with_object(call, f"messages[{place}].tool_calls[{index}].function")
-                for index, call in enumerate(message["tool_calls"])
-            ],
-        }
+        {**message, "tool_calls": _with_object_each(message["tool_calls"], f"messages[{place}].tool_calls")}
+        if message.get("tool_calls")
+        else message
         for place, message in enumerate(messages)
     ]
+
+
+def _with_object_each(calls: Any, path: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, Sequence):
+        raise InvalidRequestError(f"{path} must be a list of calls.", path)
+    return [_with_object(call, f"{path}[{index}].function") for index, call in enumerate(calls)]
 
 
 def _with_object(call: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -134,7 +134,8 @@ def _as_text(messages: Sequence[dict[str, Any]], format: CallFormat) -> list[dic
     for message in messages:
         content = message.get("content")
         if message["role"] == "tool":
-            text = f"<tool_response>\n{content}\n</tool_response>"
+            name = f" {message['name']}" if message.get("name") else ""
+            text = f"The function{name} gave: {content}"
             if before == "tool":
                 plain[-1]["content"] += f"\n{text}"
             else:
