@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -73,10 +74,25 @@ def test_calls(format: CallFormat, text: str, content: str, calls: list[tuple[st
         (LLAMA3_JSON, f"See {WEATHER}"),
         (LLAMA3_JSON, '<|python_tag|>print("Hi")'),
         (LLAMA3_JSON, "\n "),
+        (LLAMA3_JSON, " " * 2000 + WEATHER),
+        (HERMES, "<tool_call>" + " " * 2000 + f"{WEATHER}</tool_call>"),
+        (HERMES, f"<tool_call>{WEATHER}" + " " * 2000 + "</tool_call>"),
     ],
 )
 def test_what_only_looks_like_a_call_is_text(format: CallFormat, text: str) -> None:
     assert whole(format, text) == (text, [])
+    assert read(FreeReader(format, NAMES), list(text)) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "unit", ['<tool_call>{"', '[TOOL_CALLS] [{"', '<|python_tag|>{"a": [', "{[", '<tool_call>{"a": "\\"']
+)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda one: one.name)
+def test_beginnings_without_end_take_no_time(format: CallFormat, unit: str) -> None:
+    text = unit * 4000
+    begin = time.process_time()
+    assert read(FreeReader(format, NAMES), cut(text, range(0, len(text), 16))) == (text, [])
+    assert time.process_time() - begin < 1, "linear: some hundredths; quadratic: tens of seconds"
 
 
 def test_a_call_after_a_broken_one_is_found() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 _IN_STRING = re.compile(r'[^"\\\x00-\x1f]*')
-_BETWEEN = re.compile(r"[\s:,\w.+-]*", re.ASCII)
+_BETWEEN = re.compile(r"[\s:,0-9.+\-Eaeflnrstu]*", re.ASCII)  # letters of true, false and null; no format's marker
 
 
 class JsonExtent:

@@ -15,6 +15,8 @@ from nanoflow.text.tool_calls.formats import Call, CallFormat, CallPart, Piece, 
 
 _SPACE = re.compile(r"\s*")
 _SEPARATOR = re.compile(r"[\s;,]*")
+_LONGEST_SPACE = 1000
+"""Characters between the parts of a call. A model that writes no end of them does not call."""
 
 
 class CallReader(Protocol):
@@ -137,6 +139,8 @@ class _Attempt:
         if self._extent is None:
             lead = self._lead.match(text)
             assert lead is not None, "the reader has seen it"
+            if lead.end() > _LONGEST_SPACE:
+                raise ValueError("too much white space")
             if lead.end() == len(text):
                 return None
             if text[lead.end()] not in self._format.openers:
@@ -156,6 +160,8 @@ class _Attempt:
             return True
         match = _SPACE.match(text, self.at)
         assert match is not None
+        if match.end() - self.at > _LONGEST_SPACE:
+            raise ValueError("too much white space")
         rest = text[match.end() : match.end() + len(closer)]
         if not closer.startswith(rest):
             raise ValueError("something else follows")
