@@ -112,6 +112,29 @@ def test_a_model_that_does_not_call_answers_in_words(client: openai.OpenAI) -> N
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == choice.message.content
 
 
+def test_an_answer_that_may_call_is_json_otherwise(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    format = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    asked: dict[str, Any] = {**ASKED, "parallel_tool_calls": False, "response_format": format, "max_tokens": 100}
+    seen = set()
+    for choice in client.chat.completions.create(**{**asked, "temperature": 1.0, "seed": 2, "n": 8}).choices:
+        seen.add(choice.finish_reason)
+        if choice.finish_reason == "stop":
+            assert set(json.loads(choice.message.content or "")) == {"city"} and not choice.message.tool_calls
+        else:
+            assert choice.finish_reason == "tool_calls"
+            (call,) = choice.message.tool_calls or []
+            assert call.type == "function"
+            wanted = {"city", "unit"} if call.function.name == "get_weather" else set()
+            assert set(json.loads(call.function.arguments)) == wanted
+    assert seen == {"stop", "tool_calls"}
+
+
 def test_a_batch_takes_tools(engine: AsyncLLM, tmp_path: Path) -> None:
     paths = JobPaths.beside(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     bodies = [{**ASKED, "tool_choice": NAMED}, {**ASKED, "tool_choice": "sometimes"}]

@@ -155,9 +155,9 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str | None]] = [
         "guided_regex",
     ),
     (
-        {"messages": HI, "tools": [tool("f")], "response_format": {"type": "json_object"}},
-        "so no tool could be called",
-        "response_format",
+        {"messages": HI, "tools": [tool("f")], "guided_regex": "a"},
+        "only JSON can stand beside tools",
+        "guided_regex",
     ),
     ({"messages": HI, "functions": [{}]}, "functions is of the API before tools", "functions"),
     ({"messages": HI, "response_format": {"type": "xml"}}, "must be one of text, json_object", "response_format.type"),

@@ -30,14 +30,16 @@ async def with_structure(
     That may be that it calls `tools`. Raises a 400 that says what is wrong with it.
     """
     asked = _asked(request)
-    if asked is not None and tools is not None:
-        _check_beside_tools(asked[0], tools)
+    if asked is not None and tools is not None and tools.forced:
+        raise bad_request(f"tool_choice and {asked[0]} ask for structured output; leave out all but one.", asked[0])
     forced = tools.structure() if tools is not None else None
     if asked is None and forced is None:
         return params
     name, values = asked or ("tools", {})
     try:
         wanted = forced or StructuredOutput(**values)
+        if tools is not None and not tools.forced and tools.style.reads:
+            wanted = _beside_tools(wanted, name, tools)
         await asyncio.to_thread(engine.prepare, wanted)
     except ConfigError as exc:
         raise bad_request(f"This server cannot do it: {exc}", name, "unsupported_value") from None
@@ -46,16 +48,15 @@ async def with_structure(
     return replace(params, structured=wanted)
 
 
-def _check_beside_tools(name: str, tools: Tools) -> None:
-    """Structured output holds the whole answer, so none of it could be a call (or all of it must be calls)."""
-    if tools.forced:
-        raise bad_request(f"tool_choice and {name} ask for structured output; leave out all but one.", name)
-    if tools.style.reads:
+def _beside_tools(wanted: StructuredOutput, name: str, tools: Tools) -> StructuredOutput:
+    """`wanted` for a model that may call instead."""
+    if wanted.kind not in ("json", "json_object"):
         raise bad_request(
-            f"{name} holds the whole answer to a shape, so no tool could be called; "
+            f"{name}: only JSON can stand beside tools that the model may call; "
             f"leave {name} out, or send tool_choice none.",
             name,
         )
+    return tools.or_else(wanted)
 
 
 def _asked(request: GenerationFields) -> tuple[str, dict[str, Any]] | None:

@@ -15,6 +15,8 @@ from nanoflow.server.calls import CallShape
 from nanoflow.server.errors import bad_request
 from nanoflow.server.parsing import parse, shown
 from nanoflow.server.protocol import ChatRequest, FunctionFields, FunctionName, ToolField
+from nanoflow.text.grammars import ANY_OBJECT
+from nanoflow.text.tool_calls.either import calls_or_json
 from nanoflow.text.tool_calls.forced import NamedReader, RequiredReader, named_output, required_output
 from nanoflow.text.tool_calls.formats import nested_too_deeply
 from nanoflow.text.tool_calls.reader import CallReader, FreeReader
@@ -50,6 +52,11 @@ class Tools:
         if self.required:
             return required_output(list(self.functions.values()), self.style.format, parallel=self.parallel)
         return None
+
+    def or_else(self, wanted: StructuredOutput) -> StructuredOutput:
+        """What an answer must match that may call, and is `wanted`, some JSON, if it does not."""
+        schema = wanted.json if isinstance(wanted.json, str) else ANY_OBJECT
+        return calls_or_json(list(self.functions.values()), self.style, schema, parallel=self.parallel)
 
     def shape(self) -> CallShape | None:
         """How calls are read out of the answers; None if they stay text."""

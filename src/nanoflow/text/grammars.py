@@ -259,7 +259,7 @@ def _clear(masks_gw: Int32Array, tokens: Iterable[int]) -> None:
 def _definition(wanted: StructuredOutput) -> str:
     """`wanted` in llguidance's dialect of Lark. Raises `ValueError` for a grammar in neither notation."""
     if wanted.json is not None or wanted.json_object:
-        rules = f"start: %json {_schema(_short(wanted.json or _ANY_OBJECT))}"
+        rules = f"start: %json {with_short_gaps(_short(wanted.json or ANY_OBJECT))}"
     elif wanted.regex is not None:
         rules = f"start: /{_library().regex_to_lark(_short(wanted.regex))}/"
     elif wanted.choice is not None:
@@ -285,8 +285,8 @@ def _lark(grammar: str) -> str:
         raise ValueError(f"it is no GBNF: {error}") from None
 
 
-def _schema(text: str) -> str:
-    """The schema with a limit on white space, unless it brings llguidance's options for it."""
+def with_short_gaps(text: str) -> str:
+    """The schema `text` with a limit on white space, unless it brings llguidance's options for it."""
     schema = json.loads(text)
     options = schema.get("x-guidance", {})
     if isinstance(options, dict) and not {"whitespace_pattern", "whitespace_flexible"} & set(options):
@@ -303,7 +303,7 @@ def _short(text: Any) -> str:
 _OPTIONS = '%llguidance {"no_forcing": true}'
 """Where only one text can follow, leave it to the model into which tokens it is cut, as everywhere else."""
 
-_ANY_OBJECT = '{"type": "object"}'
+ANY_OBJECT = '{"type": "object"}'
 
 _NAMES = {"json": "JSON schema", "json_object": "JSON schema", "regex": "regular expression", "choice": "choice"}
 

@@ -29,7 +29,15 @@ def named_output(function: Function) -> StructuredOutput:
 
 
 def required_output(functions: Sequence[Function], format: CallFormat, *, parallel: bool = True) -> StructuredOutput:
-    """An array of one call or more (with `parallel` false: of one), each an object with `name` and arguments."""
+    """What `calls_schema` says, and nothing else."""
+    return StructuredOutput(json=calls_schema(functions, format, parallel=parallel))
+
+
+def calls_schema(functions: Sequence[Function], format: CallFormat, *, parallel: bool = True) -> dict[str, Any]:
+    """An array of one call or more (with `parallel` false: of one), each an object with `name` and arguments.
+
+    References lead to its `$defs`.
+    """
     key = format.arguments_key
     definitions, calls = {}, []
     for place, function in enumerate(functions):
@@ -40,7 +48,7 @@ def required_output(functions: Sequence[Function], format: CallFormat, *, parall
         )
     items = calls[0] if len(calls) == 1 else {"anyOf": calls}
     schema = {"type": "array", "items": items, "minItems": 1, "$defs": definitions}
-    return StructuredOutput(json=schema if parallel else schema | {"maxItems": 1})
+    return schema if parallel else schema | {"maxItems": 1}
 
 
 def _parameters(function: Function) -> dict[str, Any]:

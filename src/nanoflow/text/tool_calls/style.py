@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanoflow.core.errors import InvalidRequestError
@@ -33,13 +33,18 @@ class ToolStyle:
     """How a model is told of tools, and how its calls are read.
 
     `native`: its chat template takes `tools` and past calls. `reads`: calls are looked for in what it writes freely.
-    `marker_ids`: special tokens that must be part of the text for that.
+    `marker_tokens`: the markers that are special tokens, which must be part of the text for that.
     """
 
     format: CallFormat
     native: bool
     reads: bool = True
-    marker_ids: frozenset[int] = frozenset()
+    marker_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def marker_ids(self) -> frozenset[int]:
+        """Token ids of `marker_tokens`."""
+        return frozenset(self.marker_tokens.values())
 
 
 def style_of(tokenizer: Tokenizer, parser: str | None = None, *, chat_template: str | None = None) -> ToolStyle:
@@ -52,10 +57,11 @@ def style_of(tokenizer: Tokenizer, parser: str | None = None, *, chat_template: 
     if format is None:
         written = _rendered(tokenizer, [_QUESTION, _CALL], chat_template) if native else ""
         format = _format_in(written) or _format_of(tokenizer)
-    marker_ids = _token_of(tokenizer, format.marker) & tokenizer.special_ids
-    if format.closer:
-        marker_ids |= _token_of(tokenizer, format.closer) & tokenizer.special_ids
-    return ToolStyle(format, native, parser != NO_PARSER, marker_ids)
+    found = {
+        text: _token_of(tokenizer, text) & tokenizer.special_ids for text in (format.marker, format.closer) if text
+    }
+    markers = {text: token for text, ids in found.items() for token in ids}
+    return ToolStyle(format, native, parser != NO_PARSER, markers)
 
 
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], chat_template: str | None) -> str:
