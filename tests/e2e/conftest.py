@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from nanoflow.core.request import CompletionOutput
 from nanoflow.core.sampling import SamplingParams
+from nanoflow.engine.async_llm import AsyncLLM
 from nanoflow.engine.llm import LLM
 from nanoflow.models.registry import resolve_model
 from tests.e2e.real_model import read_once
+
+if TYPE_CHECKING:
+    import openai
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +30,25 @@ def llm() -> Iterator[LLM]:
     """SmolLM2 in float32, with batches small enough that most prompts are chunked."""
     with LLM("smollm2", dtype="float32", dense_batch=128, kv_memory_bytes=1 << 29, show_progress=False) as llm:
         yield llm
+
+
+@pytest.fixture(scope="module")
+def async_engine() -> Iterator[AsyncLLM]:
+    """SmolLM2 as a server has it. Imported here: tests on a GPU may run where no server is installed."""
+    from tests.e2e.served import CONFIG
+
+    engine = AsyncLLM.from_config(CONFIG, show_progress=False)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(async_engine: AsyncLLM) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of a server of `async_engine`."""
+    from tests.server.conftest import running_server
+
+    with running_server(async_engine) as server, server.openai(timeout=60) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,36 +12,16 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from nanoflow.batch.job import BatchJob
-from nanoflow.batch.paths import JobPaths
-from nanoflow.batch.runner import BatchRunner, RunLimits
-from nanoflow.cli.batch import identity_of
-from nanoflow.core.config import EngineConfig
 from nanoflow.engine.async_llm import AsyncLLM
-from nanoflow.server.batch_responder import offline_responder
-from tests.server.conftest import running_server, wait_until
+from tests.e2e.served import GREEDY, answer_chats
+from tests.server.conftest import wait_until
 
-CONFIG = EngineConfig.from_options(model="smollm2", kv_memory_bytes=1 << 27, max_running=8)
-GREEDY: dict[str, Any] = {"model": "smollm2", "temperature": 0, "max_tokens": 60}
 FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France, and on which continent is it?"}]
 
 
 class Answer(BaseModel):
     capital: str
     continent: Literal["Africa", "America", "Asia", "Europe"]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[AsyncLLM]:
-    engine = AsyncLLM.from_config(CONFIG, show_progress=False)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def client(engine: AsyncLLM) -> Iterator[openai.OpenAI]:
-    with running_server(engine) as server, server.openai(timeout=60) as client:
-        yield client
 
 
 def test_the_client_s_own_class_comes_back_filled_in(client: openai.OpenAI) -> None:
@@ -78,13 +57,13 @@ def test_completions_follow_choices_and_expressions(client: openai.OpenAI) -> No
     assert len({one.text for one in random.choices}) > 1
 
 
-def test_a_bad_schema_is_refused_before_it_waits(client: openai.OpenAI, engine: AsyncLLM) -> None:
+def test_a_bad_schema_is_refused_before_it_waits(client: openai.OpenAI, async_engine: AsyncLLM) -> None:
     with pytest.raises(openai.BadRequestError, match=r"guided_json: the JSON schema cannot be followed: .*fool"):
         client.chat.completions.create(**GREEDY, messages=FRANCE, extra_body={"guided_json": {"type": "fool"}})
-    assert engine.stats().n_waiting == 0
+    assert async_engine.stats().n_waiting == 0
 
 
-def test_free_answers_beside_it_do_not_change(client: openai.OpenAI, engine: AsyncLLM) -> None:
+def test_free_answers_beside_it_do_not_change(client: openai.OpenAI, async_engine: AsyncLLM) -> None:
     def free() -> str | None:
         return client.chat.completions.create(**GREEDY, messages=FRANCE).choices[0].message.content
 
@@ -100,24 +79,16 @@ def test_free_answers_beside_it_do_not_change(client: openai.OpenAI, engine: Asy
     beside, guided = asyncio.run(together())
     assert beside == alone
     assert Answer.model_validate_json(guided).capital == "Paris"
-    wait_until(lambda: engine.stats().kv_pages_used == 0)
+    wait_until(lambda: async_engine.stats().kv_pages_used == 0)
 
 
-def test_a_batch_takes_it_line_by_line(engine: AsyncLLM, tmp_path: Path) -> None:
-    paths = JobPaths.beside(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+def test_a_batch_takes_it_line_by_line(async_engine: AsyncLLM, tmp_path: Path) -> None:
     fields: list[dict[str, Any]] = [
         {"guided_choice": ["yes", "no"]},
         {"response_format": {"type": "json_object"}, "max_tokens": 40},
         {"guided_regex": "(unclosed"},
     ]
-    lines = [
-        {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": {"messages": FRANCE, **one}}
-        for i, one in enumerate(fields)
-    ]
-    paths.input.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job = BatchJob.open(paths, identity_of(CONFIG.model))
-    asyncio.run(BatchRunner(job, offline_responder(engine), RunLimits(16)).run())
-    job.close()
+    paths = answer_chats(async_engine, [{"messages": FRANCE, **one} for one in fields], tmp_path)
     answers = {line["custom_id"]: line for line in map(json.loads, paths.output.read_text().splitlines())}
     assert answers["0"]["response"]["body"]["choices"][0]["message"]["content"] in ("yes", "no")
     assert answers["1"]["response"]["body"]["choices"][0]["message"]["content"].startswith("{")

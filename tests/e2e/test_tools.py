@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
-import pytest
 
-from nanoflow.batch.job import BatchJob
-from nanoflow.batch.paths import JobPaths
-from nanoflow.batch.runner import BatchRunner, RunLimits
-from nanoflow.cli.batch import identity_of
-from nanoflow.core.config import EngineConfig
 from nanoflow.core.sampling import SamplingParams
 from nanoflow.engine.async_llm import AsyncLLM
 from nanoflow.engine.llm import LLM
-from nanoflow.server.batch_responder import offline_responder
-from tests.server.conftest import running_server
+from tests.e2e.served import GREEDY, answer_chats
 
-CONFIG = EngineConfig.from_options(model="smollm2", kv_memory_bytes=1 << 27, max_running=8)
-GREEDY: dict[str, Any] = {"model": "smollm2", "temperature": 0, "max_tokens": 60}
 CITY = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"$ref": "#/$defs/Unit"}},
@@ -38,19 +27,6 @@ TOOLS: list[Any] = [
 ASK: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
 ASKED: dict[str, Any] = {**GREEDY, "messages": ASK, "tools": TOOLS}
 NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[AsyncLLM]:
-    engine = AsyncLLM.from_config(CONFIG, show_progress=False)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def client(engine: AsyncLLM) -> Iterator[openai.OpenAI]:
-    with running_server(engine) as server, server.openai(timeout=60) as client:
-        yield client
 
 
 def test_a_named_function_is_called_with_arguments_that_follow_its_schema(client: openai.OpenAI) -> None:
@@ -135,17 +111,9 @@ def test_an_answer_that_may_call_is_json_otherwise(client: openai.OpenAI) -> Non
     assert seen == {"stop", "tool_calls"}
 
 
-def test_a_batch_takes_tools(engine: AsyncLLM, tmp_path: Path) -> None:
-    paths = JobPaths.beside(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+def test_a_batch_takes_tools(async_engine: AsyncLLM, tmp_path: Path) -> None:
     bodies = [{**ASKED, "tool_choice": NAMED}, {**ASKED, "tool_choice": "sometimes"}]
-    lines = [
-        {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": body}
-        for i, body in enumerate(bodies)
-    ]
-    paths.input.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job = BatchJob.open(paths, identity_of(CONFIG.model))
-    asyncio.run(BatchRunner(job, offline_responder(engine, tool_call_parser="hermes"), RunLimits(16)).run())
-    job.close()
+    paths = answer_chats(async_engine, bodies, tmp_path, tool_call_parser="hermes")
     (answer,) = map(json.loads, paths.output.read_text().splitlines())
     (call,) = answer["response"]["body"]["choices"][0]["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"])["city"].startswith("Paris")

@@ -74,9 +74,7 @@ class SymmetricMemory:
         """Its name. All of torch's names are forgotten when an engine leaves its groups."""
         bindings = importlib.import_module("torch._C._distributed_c10d")
         if cls._alone is None:
-            store = bindings.HashStore()
-            cls._alone = bindings.ProcessGroup(store, 0, 1)
-            _symm_mem()._SymmetricMemory.set_group_info(_ALONE, 0, 1, store)
+            cls._alone = bindings.ProcessGroup(bindings.HashStore(), 0, 1)
         try:
             bindings._resolve_process_group(_ALONE)
         except RuntimeError:

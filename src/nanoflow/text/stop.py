@@ -30,7 +30,7 @@ class StopChecker:
             start, stop = found
             self._held = ""
             return window[: start + len(stop) if self._include else start], stop
-        keep = self._held_length(window)
+        keep = length_begun(window, self._stops, self._longest)
         self._held = window[len(window) - keep :]
         return window[: len(window) - keep], None
 
@@ -46,10 +46,11 @@ class StopChecker:
         _, start, stop = min(hits)
         return start, stop
 
-    def _held_length(self, window: str) -> int:
-        """Length of the longest end of `window` that begins a stop string."""
-        for length in range(min(self._longest - 1, len(window)), 0, -1):
-            tail = window[len(window) - length :]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
+
+def length_begun(text: str, whole: Sequence[str], longest: int) -> int:
+    """Length of the longest end of `text` with which one of `whole`, none above `longest` characters, may begin."""
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        tail = text[len(text) - length :]
+        if any(one.startswith(tail) for one in whole):
+            return length
+    return 0

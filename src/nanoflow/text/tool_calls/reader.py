@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection
 from typing import Protocol
 
+from nanoflow.text.stop import length_begun
 from nanoflow.text.tool_calls.extent import JsonExtent
 from nanoflow.text.tool_calls.formats import Call, CallFormat, CallPart, Piece, loads
 
@@ -69,7 +70,7 @@ class FreeReader:
         start = self._held.find(marker)
         found = start >= 0
         if not found:
-            start = len(self._held) if last else _undecided_from(self._held, marker)
+            start = len(self._held) - (0 if last else length_begun(self._held, [marker], len(marker)))
         self._show(pieces, start)
         if found:
             self._attempt = _Attempt(self._format, None, re.compile(re.escape(marker) + r"\s*"))
@@ -169,11 +170,3 @@ class _Attempt:
             return False
         self.at = match.end() + len(rest)
         return True
-
-
-def _undecided_from(text: str, marker: str) -> int:
-    """Where the longest end of `text` that begins `marker` starts."""
-    for start in range(max(0, len(text) - len(marker) + 1), len(text)):
-        if marker.startswith(text[start:]):
-            return start
-    return len(text)
